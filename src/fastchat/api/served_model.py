@@ -1,0 +1,77 @@
+"""A loaded model as the API sees it: names, text side and engine. Knows no process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from fastchat import __version__
+from fastchat.engine.client import EngineClient
+from fastchat.errors import ConfigError, ModelNotFoundError
+from fastchat.models.interface import ChatFormat, SamplingDefaults, Tokenizer
+
+SYSTEM_FINGERPRINT = f"fastchat-{__version__}"
+
+
+class OpenSequences:
+    """How many sequences of a model are open. An engine tells it only after a step, and the first one may hang."""
+
+    def __init__(self) -> None:
+        self.num_open = 0
+
+    def __repr__(self) -> str:
+        return f"<OpenSequences {self.num_open}>"
+
+    @contextmanager
+    def counted(self, num_sequences: int) -> Iterator[None]:
+        """Count so many more while the block lasts."""
+        self.num_open += num_sequences
+        try:
+            yield
+        finally:
+            self.num_open -= num_sequences
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One engine with its tokenizer. `max_context` in tokens; `created` in seconds since 1970.
+
+    `stream_interval` is how many tokens an event waits for. `default_seed` serves requests without a seed of their own.
+    `truncates_embedding_input` cuts inputs that are too long, because the operator asked for it.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    engine: EngineClient
+    max_context: int
+    sampling_defaults: SamplingDefaults
+    created: int
+    stream_interval: int = 1
+    default_seed: int | None = None
+    truncates_embedding_input: bool = False
+    sequences: OpenSequences = field(default_factory=OpenSequences)
+
+
+class ServedModels:
+    """All models of one worker, found by any of their names. Raises `ConfigError` when a name is there twice."""
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self._models: dict[str, ServedModel] = {}
+        for model in models:
+            for name in model.names:
+                if name in self._models:
+                    raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
+                self._models[name] = model
+
+    def __iter__(self) -> Iterator[tuple[str, ServedModel]]:
+        """Every name with its model, in the order given."""
+        return iter(self._models.items())
+
+    def find(self, name: str) -> ServedModel:
+        """The model of that name. Raises `ModelNotFoundError`."""
+        try:
+            return self._models[name]
+        except KeyError:
+            raise ModelNotFoundError(name, list(self._models)) from None

@@ -1,0 +1,169 @@
+"""How asynchronous code talks to an engine, wherever the engine runs: in a thread or in a spawned process.
+
+One interface, two implementations (`thread_client.py`, `process_client.py`), one test for both. Torch-free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastchat.engine.events import EngineStats, SequenceEvent, SequenceRequest
+from fastchat.errors import ContextLengthError, EngineError, FastChatError, InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine can hold. `max_context` is in tokens, prompt and answer together; `device` as torch names it."""
+
+    max_context: int
+    num_blocks: int
+    block_size: int
+    vocab_size: int
+    device: str
+    dtype: str
+
+
+class SequenceStream:
+    """The events of one submitted sequence, in order. Ends after the event that has a `finish_reason`."""
+
+    def __init__(self) -> None:
+        self._events: list[SequenceEvent] = []
+        self._failure: FastChatError | None = None
+        self._has_news = asyncio.Event()
+
+    async def next_events(self) -> list[SequenceEvent]:
+        """All events that have arrived since the last call; waits for at least one.
+
+        Raises `EngineError` when the engine died.
+        """
+        await self._has_news.wait()
+        self._has_news.clear()
+        if not self._events:
+            assert self._failure is not None
+            self._has_news.set()
+            raise self._failure
+        events, self._events = self._events, []
+        if self._failure is not None:
+            self._has_news.set()
+        return events
+
+    def put(self, event: SequenceEvent) -> None:
+        """Called by the client that owns the stream."""
+        self._events.append(event)
+        self._has_news.set()
+
+    def fail(self, failure: FastChatError) -> None:
+        """No more events will come."""
+        self._failure = failure
+        self._has_news.set()
+
+
+class EngineClient(ABC):
+    """Submit sequences to one engine and read their events. Owned by one event loop."""
+
+    limits: EngineLimits
+
+    def __init__(self) -> None:
+        self._streams: dict[str, SequenceStream] = {}
+        self._failure: FastChatError | None = EngineError("the engine has not been started")
+        self._last_stats = EngineStats()
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start the engine and wait until it can take sequences. Raises `EngineError` or `CheckpointError`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Abort what runs, stop the engine and free what it holds. May be called twice."""
+
+    @abstractmethod
+    def _send(self, request: SequenceRequest) -> None:
+        """Bring a checked request to the engine."""
+
+    @abstractmethod
+    def _send_abort(self, sequence_id: str) -> None:
+        """Bring an abort to the engine."""
+
+    def submit(self, request: SequenceRequest) -> SequenceStream:
+        """Hand a sequence over; returns at once. Prefer `open`, which cannot forget the abort.
+
+        Raises `InvalidRequestError` where the request does not fit `limits`, `EngineError` when the engine is gone.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._check(request)
+        stream = SequenceStream()
+        self._streams[request.sequence_id] = stream
+        self._send(request)
+        return stream
+
+    def abort(self, sequence_id: str) -> None:
+        """End a sequence early: its blocks are free within a step and its stream ends with `ABORT`."""
+        if sequence_id in self._streams and self._failure is None:
+            self._send_abort(sequence_id)
+
+    @asynccontextmanager
+    async def open(self, request: SequenceRequest) -> AsyncIterator[SequenceStream]:
+        """A sequence that lives as long as the `async with` block: leaving it, by any way, aborts what still runs."""
+        stream = self.submit(request)
+        try:
+            yield stream
+        finally:
+            self.abort(request.sequence_id)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's latest condition; never blocks."""
+        return self._last_stats
+
+    @property
+    def is_alive(self) -> bool:
+        """False before the start, and once the engine has died or was closed."""
+        return self._failure is None
+
+    def _deliver(self, events: list[SequenceEvent], stats: EngineStats) -> None:
+        """Hand one step's events to their streams. Called on the event loop."""
+        self._last_stats = stats
+        for event in events:
+            stream = self._streams.get(event.sequence_id)
+            if stream is not None:
+                stream.put(event)
+                if event.finish_reason is not None:
+                    del self._streams[event.sequence_id]
+
+    def _fail(self, failure: FastChatError) -> None:
+        """The engine is gone: every open stream ends with `failure`. The first failure stays."""
+        if self._failure is None:
+            self._failure = failure
+        for stream in self._streams.values():
+            stream.fail(failure)
+        self._streams.clear()
+
+    def _check(self, request: SequenceRequest) -> None:
+        """What only the engine knows: its vocabulary and its room."""
+        if request.sequence_id in self._streams:
+            raise InvalidRequestError(f"The id {request.sequence_id} is in use.", param="request_id")
+        if not request.prompt_token_ids:
+            raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
+        vocab_size = self.limits.vocab_size
+        for token_ids in (request.prompt_token_ids, request.emitted_token_ids):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+                raise InvalidRequestError(f"Token ids must be between 0 and {vocab_size - 1}.", param="prompt")
+        for token_id, _ in request.sampling.logit_bias:
+            if token_id >= vocab_size:
+                raise InvalidRequestError(
+                    f"logit_bias has the token id {token_id}; the vocabulary ends at {vocab_size - 1}.",
+                    param="logit_bias",
+                )
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if num_prompt_tokens + request.sampling.max_tokens > self.limits.max_context:
+            raise ContextLengthError(
+                num_prompt_tokens=num_prompt_tokens,
+                max_tokens=request.sampling.max_tokens,
+                max_context=self.limits.max_context,
+                param="prompt",
+            )

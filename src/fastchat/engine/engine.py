@@ -1,0 +1,263 @@
+"""The engine: token ids in, token ids out. Owns the loop's one step, the scheduler, the runner and the sampler.
+
+Knows no text, no HTTP and no model family. One thread calls it (`engine_loop.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastchat.engine.client import EngineLimits
+from fastchat.engine.events import EngineStats, FinishReason, SequenceEvent, SequenceRequest, TokenLogprobs
+from fastchat.engine.kv_cache import BlockPool
+from fastchat.engine.model_runner import KVShape, ModelRunner, StepOutput
+from fastchat.engine.sampler import SampledToken, Sampler, describe_tokens
+from fastchat.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from fastchat.engine.sequence import Sequence
+from fastchat.engine.waiting_queue import PriorityQueue
+from fastchat.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes of one engine.
+
+    `max_context` is the longest sequence in tokens, prompt and answer together; it shrinks to what `kv_cache_bytes`
+    can hold. `block_size` None chooses by device: CPU reads long runs, so its blocks are large. `max_batch_tokens` is
+    the token budget of a step: larger computes prompts faster, smaller lets answers flow more evenly.
+    """
+
+    max_context: int
+    kv_cache_bytes: int
+    block_size: int | None = None
+    max_batch_tokens: int = 512
+    max_running: int = 256
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_context", "kv_cache_bytes", "max_batch_tokens", "max_running"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class Engine:
+    """Runs many sequences over one model. Not thread-safe."""
+
+    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+        block_size = config.block_size or (16 if model.device.type == "cuda" else 128)
+        num_blocks = _num_blocks(model, config, block_size)
+        self._runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size, on_layer=self._note_layer)
+        self._sampler = Sampler(self._runner.vocab_size)
+        self._scheduler = Scheduler(
+            BlockPool(num_blocks, block_size),
+            PriorityQueue(),
+            max_batch_tokens=config.max_batch_tokens,
+            max_running=config.max_running,
+            prefix_caching=config.prefix_caching,
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._hidden_sums: dict[str, Tensor] = {}
+        self._num_arrivals = 0
+        self._counts = _Counts()
+        self.limits = EngineLimits(
+            max_context=min(config.max_context, num_blocks * block_size),
+            num_blocks=num_blocks,
+            block_size=block_size,
+            vocab_size=self._runner.vocab_size,
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+        )
+        if self.limits.max_context < config.max_context:
+            logger.warning(
+                "the KV cache holds %d tokens, fewer than the model's context of %d; longer requests are refused",
+                self.limits.max_context,
+                config.max_context,
+            )
+
+    def __repr__(self) -> str:
+        return f"<Engine {self._scheduler!r}>"
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute something."""
+        return self._scheduler.has_work
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is held: no sequence, no block, no sampling state."""
+        pool = self._scheduler.pool
+        return not (self._sequences or self._hidden_sums or self._sampler.num_tracked) and (
+            pool.num_free_blocks == pool.num_blocks
+        )
+
+    @property
+    def progress(self) -> int:
+        """Grows with every layer computed; may be read from any thread."""
+        return self._counts.layers
+
+    @property
+    def stats(self) -> EngineStats:
+        """The condition between two steps."""
+        return EngineStats(
+            num_steps=self._counts.steps,
+            progress=self._counts.layers,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.queue),
+            num_queued_tokens=sum(sequence.num_uncomputed_tokens for sequence in self._sequences.values()),
+            num_free_blocks=self._scheduler.pool.num_free_blocks,
+            num_blocks=self._scheduler.pool.num_blocks,
+            num_prompt_tokens=self._counts.prompt_tokens,
+            num_cached_tokens=self._counts.cached_tokens,
+            num_generated_tokens=self._counts.generated_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+        )
+
+    def add(self, request: SequenceRequest) -> None:
+        """Let a sequence wait for its turn. `EngineClient.submit` has checked it against `limits`."""
+        assert request.sequence_id not in self._sequences, f"{request.sequence_id} was submitted twice"
+        sequence = Sequence(request, self._num_arrivals)
+        self._num_arrivals += 1
+        self._sequences[request.sequence_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, sequence_id: str) -> SequenceEvent | None:
+        """End a sequence now; its blocks are free on return. None for an unknown or finished one."""
+        sequence = self._sequences.get(sequence_id)
+        return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
+
+    def step(self) -> list[SequenceEvent]:
+        """Schedule, run, sample; one event for every sequence that got a token or ended."""
+        batch = self._scheduler.schedule()
+        if not batch.scheduled:
+            return []
+        try:
+            output = self._runner.run(batch)
+            sampled = [] if output.logits is None else self._sampler.sample(output.sampling, output.logits)
+        except Exception:  # a failed step ends its sequences, never the engine
+            logger.exception("a step over %d tokens failed", batch.num_tokens)
+            return [self._fail(item.sequence, "the engine failed to compute this step") for item in batch.scheduled]
+        return self._postprocess(batch, output, sampled)
+
+    def _postprocess(
+        self, batch: ScheduledBatch, output: StepOutput, sampled: list[SampledToken]
+    ) -> list[SequenceEvent]:
+        """Take the step's results into the sequences."""
+        self._counts.steps += 1
+        failed = [s for s, token in zip(output.sampling, sampled, strict=True) if token.token_id is None]
+        for item, logits in output.prompt_logits:
+            _note_prompt_logprobs(item, logits)
+        for item in batch.scheduled:
+            if item.start == item.sequence.num_cached_tokens and item.sequence.num_preemptions == 0:
+                self._counts.prompt_tokens += item.sequence.num_prompt_tokens
+                self._counts.cached_tokens += item.start
+        self._scheduler.advance(batch, failed)
+        events = [self._append(s, token) for s, token in zip(output.sampling, sampled, strict=True)]
+        return events + self._embed(batch, output)
+
+    def _append(self, sequence: Sequence, sampled: SampledToken) -> SequenceEvent:
+        """Give a sequence its next token and say what came of it."""
+        if sampled.token_id is None:
+            return self._fail(sequence, "the model gave logits that are not numbers")
+        if sequence.num_output_tokens >= sequence.sampling.max_tokens:  # only its prompt was wanted
+            return self._finish(sequence, FinishReason.LENGTH)
+        is_first = sequence.num_output_tokens == 0
+        sequence.token_ids.append(sampled.token_id)
+        self._counts.generated_tokens += 1
+        reason = sequence.finish_reason_after(self.limits.max_context)
+        if reason is not None:
+            self._drop(sequence, reason)
+        return SequenceEvent(
+            sequence.sequence_id,
+            token_ids=(sampled.token_id,),
+            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
+            finish_reason=reason,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
+        )
+
+    def _embed(self, batch: ScheduledBatch, output: StepOutput) -> list[SequenceEvent]:
+        """Add up the hidden states of embedding sequences; the mean goes out after the last chunk."""
+        chunk_of = {item.sequence.sequence_id: item for item in batch.scheduled}
+        events = []
+        for sequence, hidden_sum in output.hidden_sums:
+            item = chunk_of[sequence.sequence_id]
+            # At the beginning, and again after a preemption, the sum starts anew.
+            total = hidden_sum if item.start == 0 else self._hidden_sums[sequence.sequence_id] + hidden_sum
+            self._hidden_sums[sequence.sequence_id] = total
+            if item.is_last_chunk:
+                mean = total / len(sequence.token_ids)
+                events.append(self._finish(sequence, FinishReason.STOP, embedding=tuple(mean.tolist())))
+        return events
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        embedding: tuple[float, ...] | None = None,
+        error: str | None = None,
+    ) -> SequenceEvent:
+        """End a sequence without a further token."""
+        self._drop(sequence, reason)
+        return SequenceEvent(
+            sequence.sequence_id,
+            finish_reason=reason,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if sequence.wants_prompt_logprobs else (),
+            embedding=embedding,
+            error=error,
+        )
+
+    def _fail(self, sequence: Sequence, error: str) -> SequenceEvent:
+        return self._finish(sequence, FinishReason.ERROR, error=error)
+
+    def _drop(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Free all that is held for a sequence."""
+        self._scheduler.finish(sequence, reason)
+        self._sampler.forget(sequence)
+        self._hidden_sums.pop(sequence.sequence_id, None)
+        del self._sequences[sequence.sequence_id]
+
+    def _note_layer(self) -> None:
+        self._counts.layers += 1
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Totals since the engine began."""
+
+    steps: int = 0
+    layers: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+
+
+def _num_blocks(model: PreTrainedModel, config: EngineConfig, block_size: int) -> int:
+    """Blocks that fit the memory, but no more than all running sequences could use."""
+    bytes_per_block = KVShape.of(model).bytes_per_token * block_size
+    num_blocks = config.kv_cache_bytes // bytes_per_block
+    if num_blocks < 1:
+        raise ConfigError(
+            f"the KV cache of {config.kv_cache_bytes} bytes holds no block of {block_size} tokens "
+            f"({bytes_per_block} bytes); give it more memory"
+        )
+    return min(num_blocks, config.max_running * -(-config.max_context // block_size))
+
+
+def _note_prompt_logprobs(item: ScheduledSequence, logits: Tensor) -> None:
+    """Row i of `logits` predicts the token after place item.start + i."""
+    sequence = item.sequence
+    num_top = sequence.sampling.prompt_logprobs
+    assert num_top is not None
+    if item.start == 0:  # also after a preemption
+        sequence.prompt_logprobs = [TokenLogprobs(sequence.token_ids[0], None)]
+    predicted = sequence.token_ids[item.start + 1 : min(item.end + 1, sequence.num_prompt_tokens)]
+    if predicted:
+        sequence.prompt_logprobs += describe_tokens(logits[: len(predicted)], predicted, num_top)

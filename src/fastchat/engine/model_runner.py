@@ -1,0 +1,165 @@
+"""Turns a scheduled batch into one packed forward pass and its logits. Knows tensors, not policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from fastchat.engine.attention import (
+    ATTENTION_NAME,
+    AttentionStep,
+    KVCacheTensors,
+    SequenceSpan,
+    attend_each,
+    attend_padded,
+    paged_attention,
+)
+from fastchat.engine.scheduler import ScheduledBatch, ScheduledSequence
+from fastchat.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a forward pass gave. Logits are float32 and unscaled."""
+
+    sampling: list[Sequence] = field(default_factory=list)
+    """The sequences whose next token can be sampled, in the order of `logits`' rows."""
+    logits: Tensor | None = None
+    """# (len(sampling), vocab_size)"""
+    prompt_logits: list[tuple[ScheduledSequence, Tensor]] = field(default_factory=list)
+    """For sequences that want them: a row for each place of the chunk. # (num_tokens, vocab_size)"""
+    hidden_sums: list[tuple[Sequence, Tensor]] = field(default_factory=list)
+    """For embeddings: the chunk's final hidden states added up, in float32. # (hidden_size,)"""
+
+
+class ModelRunner:
+    """Holds the model and the KV cache tensors of one engine."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, num_blocks: int, block_size: int, on_layer: Callable[[], None]
+    ) -> None:
+        AttentionInterface.register(ATTENTION_NAME, paged_attention)
+        AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+        model.set_attn_implementation(ATTENTION_NAME)
+        self.device = model.device
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self._decoder = model.get_decoder()
+        self._output_head = model.get_output_embeddings()
+        self._on_layer = on_layer
+        self._kernel = attend_padded if self.device.type == "cuda" else attend_each
+        shape = KVShape.of(model)
+        self._cache = KVCacheTensors(
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=model.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> StepOutput:
+        """Compute the batch's tokens; their keys and values are in the cache afterwards."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        spans: list[SequenceSpan] = []
+        for item in batch.scheduled:
+            spans.append(self._span(item, query_start=len(token_ids)))
+            token_ids += item.sequence.token_ids[item.start : item.end]
+            positions += range(item.start, item.end)
+            slots += self._slots(item)
+        step = AttentionStep(
+            cache=self._cache,
+            kernel=self._kernel,
+            slots=torch.tensor(slots, device=self.device),
+            spans=spans,
+            on_layer=self._on_layer,
+            padded_blocks=self._padded_blocks(spans) if self._kernel is attend_padded else None,
+        )
+        hidden_states = self._decoder(
+            input_ids=torch.tensor([token_ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            attention_step=step,
+        ).last_hidden_state[0]  # (num_tokens, hidden_size)
+        return self._collect(batch, spans, hidden_states)
+
+    def _collect(self, batch: ScheduledBatch, spans: list[SequenceSpan], hidden_states: Tensor) -> StepOutput:
+        """Logits only of the rows that somebody needs."""
+        sampling: list[Sequence] = []
+        last_rows: list[int] = []
+        prompt_logits: list[tuple[ScheduledSequence, Tensor]] = []
+        hidden_sums: list[tuple[Sequence, Tensor]] = []
+        for item, span in zip(batch.scheduled, spans, strict=True):
+            rows = slice(span.query_start, span.query_start + span.num_queries)
+            if item.sequence.request.wants_embedding:
+                hidden_sums.append((item.sequence, hidden_states[rows].float().sum(dim=0)))
+                continue
+            if item.sequence.wants_prompt_logprobs:
+                prompt_logits.append((item, self._logits(hidden_states[rows])))
+            if item.is_last_chunk:
+                sampling.append(item.sequence)
+                last_rows.append(rows.stop - 1)
+        logits = self._logits(hidden_states[last_rows]) if last_rows else None
+        return StepOutput(sampling, logits, prompt_logits, hidden_sums)
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        logits: Tensor = self._output_head(hidden_states)
+        return logits.float()
+
+    def _span(self, item: ScheduledSequence, query_start: int) -> SequenceSpan:
+        block_size = self._cache.block_size
+        block_ids = item.sequence.block_ids[: -(-item.end // block_size)]
+        are_adjacent = block_ids == list(range(block_ids[0], block_ids[0] + len(block_ids)))
+        return SequenceSpan(
+            query_start=query_start,
+            num_queries=item.num_tokens,
+            context_length=item.end,
+            block_ids=block_ids,
+            first_slot=block_ids[0] * block_size if are_adjacent else None,
+            block_index=None if are_adjacent else torch.tensor(block_ids, device=self.device),
+        )
+
+    def _slots(self, item: ScheduledSequence) -> list[int]:
+        block_size = self._cache.block_size
+        block_ids = item.sequence.block_ids
+        return [block_ids[i // block_size] * block_size + i % block_size for i in range(item.start, item.end)]
+
+    def _padded_blocks(self, spans: list[SequenceSpan]) -> Tensor | None:
+        tables = [span.block_ids for span in spans if span.num_queries == 1]
+        if not tables:
+            return None
+        width = max(len(table) for table in tables)
+        return torch.tensor([table + [0] * (width - len(table)) for table in tables], device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What a model keeps for every token."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    bytes_per_element: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> KVShape:
+        """Read from a transformers model's configuration."""
+        config = model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim, model.dtype.itemsize)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of all layers for one token."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_element
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """Attention makes its own masks per sequence; transformers need not build one over the packed batch."""

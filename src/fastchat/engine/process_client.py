@@ -1,0 +1,109 @@
+"""An engine in a spawned process: the default on CUDA, where many streams would fight it for one interpreter.
+
+Torch-free. The child is a command of ours that is given one end of a socket pair (`--engine-fd N`) and calls
+`process_server.serve_engine` with it. Weights are loaded there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Sequence
+
+from fastchat.engine import wire
+from fastchat.engine.client import EngineClient
+from fastchat.engine.events import SequenceRequest
+from fastchat.errors import CheckpointError, ConfigError, EngineError, FastChatError
+
+logger = logging.getLogger(__name__)
+
+_ERROR_KINDS: dict[str, type[FastChatError]] = {"checkpoint": CheckpointError, "config": ConfigError}
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class ProcessEngineClient(EngineClient):
+    """Starts `command --engine-fd N` and speaks `wire.py` with it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        super().__init__()
+        self._command = tuple(command)
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Spawn the child and wait until its model is loaded; what loading raised there is raised here."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.set_inheritable(True)
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, "--engine-fd", str(theirs.fileno()), pass_fds=(theirs.fileno(),)
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        match await _read_message(reader):
+            case ["ready", limits]:
+                self.limits = wire.decode_limits(limits)
+            case ["failed", str(kind), str(message)]:
+                await self.close()
+                raise _ERROR_KINDS.get(kind, EngineError)(message)
+            case _:
+                await self.close()
+                raise EngineError("the engine process ended before it was ready; its log has the cause")
+        self._failure = None
+        # Owned by this client: `close` waits for it.
+        self._reading = asyncio.get_running_loop().create_task(self._read(reader))
+
+    async def close(self) -> None:
+        """Ask the child to stop after its current step; kill it if it does not."""
+        if self._process is None or self._writer is None:
+            return
+        if self._process.returncode is None:
+            with contextlib.suppress(ConnectionError):
+                self._writer.write(wire.pack(["stop"]))
+                await self._writer.drain()
+            try:
+                await asyncio.wait_for(self._process.wait(), _CLOSE_TIMEOUT_S)
+            except TimeoutError:
+                logger.warning("the engine process did not stop; it is killed")
+                self._process.kill()
+                await self._process.wait()
+        if self._reading is not None:
+            await self._reading
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+        self._fail(EngineError("the engine was closed"))
+
+    @property
+    def process_id(self) -> int | None:
+        """The child's process id."""
+        return None if self._process is None else self._process.pid
+
+    def _send(self, request: SequenceRequest) -> None:
+        assert self._writer is not None
+        self._writer.write(wire.pack(["add", wire.encode_request(request)]))
+
+    def _send_abort(self, sequence_id: str) -> None:
+        assert self._writer is not None
+        self._writer.write(wire.pack(["abort", sequence_id]))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Deliver the child's events until it ends."""
+        try:
+            while (message := await _read_message(reader)) is not None:
+                match message:
+                    case ["step", list(events), stats]:
+                        self._deliver([wire.decode_event(event) for event in events], wire.decode_stats(stats))
+        finally:
+            self._fail(EngineError("the engine process died; its log has the cause"))
+
+
+async def _read_message(reader: asyncio.StreamReader) -> list[wire.Json] | None:
+    """The next message, or None when the other side is gone."""
+    try:
+        header = await reader.readexactly(wire.HEADER.size)
+        return wire.unpack(await reader.readexactly(wire.unpack_length(header)))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None

@@ -1,0 +1,192 @@
+"""Logits to token ids: every option is per sequence, and rows never influence each other.
+
+A token's random number is an integer hash of (seed, choice, position), used by inverse CDF over the vocabulary's
+order: nothing else in the process moves it, so a seeded text is the same alone, in a batch and after a preemption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastchat.engine.events import TokenLogprobs
+from fastchat.engine.sampling_params import SamplingParams
+from fastchat.engine.sequence import Sequence
+
+_MASK_64 = (1 << 64) - 1
+_NUM_CANDIDATES = 1024
+"""Cut-offs look at this many of the most probable tokens first; sorting a whole vocabulary costs ten times as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of one sequence; `token_id` None means its logits were not numbers."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+
+
+class Sampler:
+    """Chooses next tokens. Keeps what penalties need to know of a sequence, from its first token until `forget`."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._token_counts: dict[str, _TokenCounts] = {}
+
+    def __repr__(self) -> str:
+        return f"<Sampler counting for {len(self._token_counts)} sequences>"
+
+    @property
+    def num_tracked(self) -> int:
+        """Sequences whose tokens are counted for penalties."""
+        return len(self._token_counts)
+
+    @torch.inference_mode()
+    def sample(self, sequences: Rows[Sequence], logits: Tensor) -> list[SampledToken]:
+        """One token for each sequence; logits float32 (len(sequences), vocab_size), which are left unchanged."""
+        is_sound = torch.isfinite(logits.amax(dim=-1)).tolist()
+        wanted = [row for row, sequence in enumerate(sequences) if is_sound[row]]
+        rows = logits if len(wanted) == len(sequences) else logits[wanted]
+        token_ids = self._choose([sequences[row] for row in wanted], rows)
+        sampled = [SampledToken(None)] * len(sequences)
+        for row, token_id in zip(wanted, token_ids, strict=True):
+            sequence = sequences[row]
+            num_top = sequence.sampling.top_logprobs
+            logprobs = None if num_top is None else describe_tokens(logits[row : row + 1], [token_id], num_top)[0]
+            sampled[row] = SampledToken(token_id, logprobs)
+            if sequence.sequence_id in self._token_counts:
+                self._token_counts[sequence.sequence_id].output[token_id] += 1
+        return sampled
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept of a sequence that ended."""
+        self._token_counts.pop(sequence.sequence_id, None)
+
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
+        if not sequences:
+            return []
+        adjusted = self._adjust(sequences, logits)
+        chosen: list[int] = adjusted.argmax(dim=-1).tolist()
+        random_rows = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
+        if random_rows:
+            drawn = _draw([sequences[row] for row in random_rows], adjusted[random_rows])
+            for row, token_id in zip(random_rows, drawn, strict=True):
+                chosen[row] = token_id
+        return chosen
+
+    def _adjust(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
+        """Bias, penalties and forbidden ids, for the rows that asked. Copies only if there are any."""
+        edited: Tensor | None = None
+        for row, sequence in enumerate(sequences):
+            sampling = sequence.sampling
+            forbids_end = sequence.num_output_tokens < sampling.min_tokens and sampling.ending_token_ids
+            if not (sampling.has_penalties or sampling.logit_bias or forbids_end):
+                continue
+            if edited is None:
+                edited = logits.clone()
+            if sampling.has_penalties:
+                self._penalize(sequence, edited[row])
+            if sampling.logit_bias:
+                ids, biases = zip(*sampling.logit_bias, strict=True)
+                edited[row, list(ids)] += torch.tensor(biases, device=logits.device)
+            if forbids_end:
+                inside = [token_id for token_id in sampling.ending_token_ids if token_id < self._vocab_size]
+                edited[row, inside] = -torch.inf
+        return logits if edited is None else edited
+
+    def _penalize(self, sequence: Sequence, row: Tensor) -> None:
+        """Repetition as in CTRL (arXiv:1909.05858) over prompt and answer; presence and frequency over the answer."""
+        counts = self._token_counts.get(sequence.sequence_id)
+        if counts is None:
+            counts = _TokenCounts.of(sequence, self._vocab_size, row.device)
+            self._token_counts[sequence.sequence_id] = counts
+        sampling = sequence.sampling
+        if sampling.repetition_penalty != 1.0:
+            penalty = sampling.repetition_penalty
+            seen = counts.is_in_prompt | (counts.output > 0)
+            row.copy_(torch.where(seen, torch.where(row > 0, row / penalty, row * penalty), row))
+        row -= sampling.frequency_penalty * counts.output
+        row -= sampling.presence_penalty * (counts.output > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenCounts:
+    """Which ids a sequence has, dense, so that a step costs the same however long the answer is. # (vocab_size,)"""
+
+    is_in_prompt: Tensor
+    output: Tensor
+
+    @classmethod
+    def of(cls, sequence: Sequence, vocab_size: int, device: torch.device) -> _TokenCounts:
+        ids = torch.tensor(sequence.token_ids, device=device)
+        is_in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        is_in_prompt[ids[: sequence.num_prompt_tokens]] = True
+        output = torch.bincount(ids[sequence.num_prompt_tokens :], minlength=vocab_size).float()
+        return cls(is_in_prompt, output)
+
+
+def describe_tokens(logits: Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogprobs]:
+    """Log probabilities of `token_ids` under the model's own distribution; logits (len(token_ids), vocab_size)."""
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    if num_top == 0:
+        return [TokenLogprobs(token_id, logprob) for token_id, logprob in zip(token_ids, chosen, strict=True)]
+    top = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
+    return [
+        TokenLogprobs(token_id, logprob, tuple(zip(ids, values, strict=True)))
+        for token_id, logprob, ids, values in zip(
+            token_ids, chosen, top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]
+
+
+def random_unit(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing else; SplitMix64 (Steele et al., OOPSLA 2014) over the three."""
+    state = _mix(seed & _MASK_64)
+    state = _mix((state + choice) & _MASK_64)
+    state = _mix((state + position) & _MASK_64)
+    return (state >> 11) * 2.0**-53
+
+
+def _mix(state: int) -> int:
+    state = (state + 0x9E3779B97F4A7C15) & _MASK_64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return state ^ (state >> 31)
+
+
+def _draw(sequences: list[Sequence], logits: Tensor) -> list[int]:
+    """Temperature, cut-offs, then one draw per row. logits (len(sequences), vocab_size)."""
+    params = [sequence.sampling for sequence in sequences]
+    temperatures = torch.tensor([sampling.temperature for sampling in params], device=logits.device)
+    weights = (logits / temperatures.unsqueeze(1)).softmax(dim=-1)
+    for row, sampling in enumerate(params):
+        if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0:
+            weights[row] *= weights[row] >= _smallest_kept(weights[row], sampling)
+    units = [random_unit(s.sampling.seed, s.sampling.choice, s.num_output_tokens) for s in sequences]
+    cumulative = weights.double().cumsum(dim=-1)
+    targets = torch.tensor(units, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
+    drawn = torch.searchsorted(cumulative, targets.unsqueeze(1), right=True).squeeze(1)
+    return [int(token_id) for token_id in drawn.clamp_(max=logits.shape[1] - 1).tolist()]
+
+
+def _smallest_kept(weights: Tensor, sampling: SamplingParams) -> Tensor:
+    """The weight below which a token is cut off by top_k, then top_p of the rest, then min_p. weights (vocab_size,)."""
+    num_candidates = min(max(_NUM_CANDIDATES, sampling.top_k), weights.shape[0])
+    candidates = weights.topk(num_candidates).values  # falling
+    mass = 1.0
+    if sampling.top_k:
+        candidates = candidates[: sampling.top_k]
+        mass = float(candidates.double().sum())
+    threshold = candidates[-1] if sampling.top_k else weights.new_zeros(())
+    if sampling.top_p < 1.0:
+        cumulative = candidates.double().cumsum(dim=0)
+        if cumulative[-1] < sampling.top_p * mass:
+            candidates = weights.sort(descending=True).values
+            cumulative = candidates.double().cumsum(dim=0)
+        num_kept = int((cumulative < sampling.top_p * mass).sum()) + 1
+        threshold = torch.maximum(threshold, candidates[min(num_kept, candidates.shape[0]) - 1])
+    return torch.maximum(threshold, candidates[0] * sampling.min_p)

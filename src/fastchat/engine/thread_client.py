@@ -1,0 +1,92 @@
+"""An engine on a thread of this process: the default on CPU, where torch's products release the interpreter."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from fastchat.engine.client import EngineClient
+from fastchat.engine.engine import Engine
+from fastchat.engine.engine_loop import Abort, EngineLoop, Stop
+from fastchat.engine.events import EngineStats, SequenceEvent, SequenceRequest
+from fastchat.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+
+class ThreadEngineClient(EngineClient):
+    """Makes the engine on its thread, runs it there, and crosses into the event loop once per step."""
+
+    def __init__(self, make_engine: Callable[[], Engine], *, name: str = "engine") -> None:
+        super().__init__()
+        self._make_engine = make_engine
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._engine: Engine | None = None
+        self._engine_loop: EngineLoop | None = None
+
+    async def start(self) -> None:
+        """Start the thread and wait until the model is loaded there; what loading raises is raised here."""
+        self._event_loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[None] = self._event_loop.create_future()
+        self._has_ended = asyncio.Event()
+        self._thread.start()
+        await self._started
+        self._failure = None
+
+    async def close(self) -> None:
+        """Stop after the current step."""
+        if self._engine_loop is None:
+            return
+        self._engine_loop.inbox.put(Stop())
+        await self._has_ended.wait()
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The condition after the last step, with the progress of the current one."""
+        return self._last_stats if self._engine is None else replace(self._last_stats, progress=self._engine.progress)
+
+    def _send(self, request: SequenceRequest) -> None:
+        assert self._engine_loop is not None
+        self._engine_loop.inbox.put(request)
+
+    def _send_abort(self, sequence_id: str) -> None:
+        assert self._engine_loop is not None
+        self._engine_loop.inbox.put(Abort(sequence_id))
+
+    def _run(self) -> None:
+        """The thread: make the engine, run it, report its end."""
+        try:
+            self._engine = self._make_engine()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, `start` raises it
+            self._cross(self._started.set_exception, error)
+            return
+        self.limits = self._engine.limits
+        self._engine_loop = EngineLoop(self._engine, self._emit)
+        self._cross(self._deliver, [], self._engine.stats)
+        self._cross(self._started.set_result, None)
+        failure = EngineError("the engine was closed")
+        try:
+            self._engine_loop.run()
+        except Exception:  # the top of the engine's thread: its requests must hear of it
+            logger.exception("the engine died")
+            failure = EngineError("the engine died; its log has the cause")
+        self._engine = None
+        self._cross(self._end, failure)
+
+    def _end(self, failure: EngineError) -> None:
+        self._fail(failure)
+        self._has_ended.set()
+
+    def _emit(self, events: list[SequenceEvent], stats: EngineStats) -> None:
+        self._cross(self._deliver, events, stats)
+
+    def _cross(self, callback: Callable[..., object], *arguments: object) -> None:
+        """The one crossing from the engine's thread to the event loop."""
+        try:
+            self._event_loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:  # the loop was closed under us: nobody is left to hear it
+            logger.debug("the event loop is closed; an engine event is lost")

@@ -1,0 +1,158 @@
+"""What comes back from a worker, judged: a whole answer, or a stream whose first events are here.
+
+A worker of ours speaks OpenAI's shapes. A server that an operator registered may send anything, and nothing but those
+shapes reaches a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import structlog
+
+from fastchat.cluster.contract import IGNORED_HEADER, WorkerEntry
+from fastchat.errors import UnavailableError
+from fastchat.gateway.event_framer import BrokenStreamError, EventFramer
+from fastchat.gateway.exchange import Exchange
+
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""Embeddings of many long inputs as decimal numbers are tens of megabytes."""
+BAD_ANSWER = "bad_worker_answer"
+REFUSED = "worker_refused"
+
+_PASSED_HEADERS = (IGNORED_HEADER, "retry-after")
+_PASSED_ERROR_STATUSES = frozenset({400, 403, 404, 413, 415, 429, 500})
+_AS_400 = frozenset({405, 409, 422})
+"""Statuses that OpenAI's clients do not know or repeat for ever."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """An answer to be sent as it is."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str]
+
+
+class RelayedStream:
+    """A worker's events without their tags, as they come. Closing it closes the connection, and the worker aborts."""
+
+    def __init__(self, exchange: Exchange, request_id: str, headers: Mapping[str, str]) -> None:
+        self.headers = headers
+        self._exchange = exchange
+        self._request_id = request_id
+        self._framer = EventFramer(has_tags=not exchange.worker.is_external)
+        self._first_events: bytes | None = None
+        self._is_finished = False
+        self._owned = ExitStack()
+
+    def __aiter__(self) -> RelayedStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._first_events is not None:
+            events, self._first_events = self._first_events, None
+            return events
+        events = await self._next_events()
+        if not events:
+            raise StopAsyncIteration
+        return events
+
+    async def wait_for_first_events(self) -> None:
+        """Until there is something to send. Until then another worker may still be asked instead."""
+        self._first_events = await self._next_events()
+
+    def own(self, resources: ExitStack) -> None:
+        """Take over what must be released when the stream ends."""
+        self._owned = resources
+
+    def on_close(self, action: Callable[[], None]) -> None:
+        """Call `action` when the stream ends, by whatever way."""
+        self._owned.callback(action)
+
+    async def aclose(self) -> None:
+        """Release the worker; needs no waiting."""
+        self._owned.close()
+
+    async def _next_events(self) -> bytes:
+        """Whole events, b"" at the proper end. Raises `UnavailableError` where the stream is cut or broken."""
+        try:
+            while not self._is_finished:
+                chunk = await self._exchange.read()
+                self._is_finished = not chunk
+                events = self._framer.feed(chunk) if chunk else self._framer.finish()
+                if events:
+                    return events
+        except BrokenStreamError as error:
+            raise _bad_answer(self._exchange.worker, self._request_id, f"broken stream: {error}") from error
+        return b""
+
+
+async def read_whole_answer(
+    exchange: Exchange, status: int, headers: Mapping[str, str], request_id: str
+) -> WholeAnswer:
+    """The rest of an answer that is no stream. Raises `UnavailableError` for what no client should see."""
+    body = await _read_all(exchange, request_id)
+    if status == 200:
+        if body.lstrip()[:1] != b"{" or body.rstrip()[-1:] != b"}":
+            raise _bad_answer(exchange.worker, request_id, "an answer that is no JSON object")
+        return WholeAnswer(200, body, passed_headers(headers))
+    error = _openai_error(body)
+    if status == 503:
+        raise _refusal(error, headers)
+    if status == 401 or (status == 403 and exchange.worker.is_external):
+        # The client's own key was accepted here; what the worker refused is ours.
+        _log.error("worker refuses the API server", worker_id=exchange.worker.worker_id, request_id=request_id)
+        raise UnavailableError("The worker refused the API server; its operator must look.", code=REFUSED)
+    if error is None or status not in _PASSED_ERROR_STATUSES | _AS_400:
+        raise _bad_answer(exchange.worker, request_id, f"status {status}")
+    return WholeAnswer(400 if status in _AS_400 else status, body, passed_headers(headers))
+
+
+def passed_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The worker's headers that a client gets."""
+    return {name: headers[name] for name in _PASSED_HEADERS if name in headers}
+
+
+async def _read_all(exchange: Exchange, request_id: str) -> bytes:
+    chunks: list[bytes] = []
+    num_bytes = 0
+    while chunk := await exchange.read():
+        num_bytes += len(chunk)
+        if num_bytes > MAX_ANSWER_BYTES:
+            raise _bad_answer(exchange.worker, request_id, f"more than {MAX_ANSWER_BYTES} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _openai_error(body: bytes) -> dict[str, Any] | None:  # Any: JSON
+    """The `error` object of an error body, None where it has another shape."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    error = document.get("error") if isinstance(document, dict) else None
+    return error if isinstance(error, dict) and isinstance(error.get("message"), str) else None
+
+
+def _refusal(error: dict[str, Any] | None, headers: Mapping[str, str]) -> UnavailableError:  # Any: JSON
+    message = error["message"] if error else "The worker takes no requests now; try again in a moment."
+    code = error.get("code") if error else None
+    retry_after = headers.get("retry-after", "")
+    return UnavailableError(
+        message,
+        retry_after_s=int(retry_after) if retry_after.isdecimal() and len(retry_after) < 6 else 1,
+        code=code if isinstance(code, str) else "unavailable",
+    )
+
+
+def _bad_answer(worker: WorkerEntry, request_id: str, what: str) -> UnavailableError:
+    _log.error("worker sent a bad answer", worker_id=worker.worker_id, request_id=request_id, what=what)
+    return UnavailableError("The worker's answer was incomplete or malformed; try again.", code=BAD_ANSWER)

@@ -1,0 +1,77 @@
+"""The API server as an app: what it is made of, in which order a request passes it, and how it starts and ends.
+
+access log -> CORS (where asked for) -> request id and errors -> key -> routes -> relay -> worker
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+
+from fastchat.api.http_edge import BearerGuard, install_error_handlers
+from fastchat.cluster.dispatch import Dispatcher
+from fastchat.cluster.watcher import TableWatcher
+from fastchat.gateway.config import ApiServerConfig
+from fastchat.gateway.exchange import Exchanges
+from fastchat.gateway.live_table import LiveTable
+from fastchat.gateway.relay import Relay, create_session
+from fastchat.gateway.routes import OPEN_PATHS, ApiRoutes
+from fastchat.ops.keys import ApiKeys
+
+
+def create_api_app(config: ApiServerConfig) -> Starlette:
+    """An API server that watches `config.controller_address` while it runs."""
+    keys = ApiKeys(config.api_keys, tenant_secret=config.cluster_token)
+    watcher = TableWatcher(controller_address=config.controller_address, token=config.cluster_token)
+    table = LiveTable(watcher, config.controller_address)
+    dispatcher = Dispatcher()
+    routes = ApiRoutes(table=table, dispatcher=dispatcher, keys=keys)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        exchanges = Exchanges()
+        async with create_session() as session, watcher.keep_open(), _followed(table, exchanges):
+            routes.relay = Relay(
+                session=session,
+                table=table,
+                dispatcher=dispatcher,
+                exchanges=exchanges,
+                cluster_token=config.cluster_token,
+                on_retry=routes.metrics.observe_retry,
+            )
+            yield
+
+    app = Starlette(routes=routes.build(), lifespan=lifespan)
+    _add_middleware(app, config, keys)
+    return app
+
+
+def _add_middleware(app: Starlette, config: ApiServerConfig, keys: ApiKeys) -> None:
+    """From the inside to the outside: what is added last sees a request first."""
+    if not keys.is_open:
+        app.add_middleware(BearerGuard, is_allowed=keys.is_allowed, open_paths=OPEN_PATHS)
+    install_error_handlers(app)
+    if config.cors.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_credentials=config.cors.allow_credentials,
+            allow_origins=config.cors.allowed_origins,
+            allow_methods=config.cors.allowed_methods,
+            allow_headers=config.cors.allowed_headers,
+        )
+
+
+@asynccontextmanager
+async def _followed(table: LiveTable, exchanges: Exchanges) -> AsyncIterator[None]:
+    """While the block runs, what is under way hears of every change of the table."""
+    task = asyncio.get_running_loop().create_task(table.follow(exchanges.heed))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

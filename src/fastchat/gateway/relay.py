@@ -1,0 +1,150 @@
+"""From an admitted request to a worker's answer: choose, ask, and ask another one while nothing has been sent.
+
+A worker gets the client's bytes and our headers, never the client's key nor headers of its own that look like ours. No
+worker is asked twice, and after two of them died over a request no third one is asked: the request may be the cause.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import aiohttp
+import structlog
+
+from fastchat.cluster.contract import (
+    CREATED_HEADER,
+    REQUEST_ID_HEADER,
+    SEED_HEADER,
+    TAGS_HEADER,
+    TENANT_HEADER,
+    WorkerEntry,
+)
+from fastchat.cluster.dispatch import Capability, Dispatcher
+from fastchat.errors import FastChatError, UnavailableError
+from fastchat.gateway.admission import AdmittedRequest
+from fastchat.gateway.answers import BAD_ANSWER, RelayedStream, WholeAnswer, passed_headers, read_whole_answer
+from fastchat.gateway.exchange import CONNECT_TIMEOUT_S, LOST, Exchange, Exchanges
+from fastchat.gateway.live_table import LiveTable
+
+MAX_LOST_WORKERS = 2
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who asks: our id of the request, the tenant, and how the client names itself."""
+
+    request_id: str
+    tenant: str
+    user_agent: str
+
+
+def create_session() -> aiohttp.ClientSession:
+    """The one HTTP client of the process. No proxy variables, no cookies, as many connections as requests."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=False,
+        raise_for_status=False,
+    )
+
+
+class Relay:
+    """Sends requests to workers. `on_retry` is told of every request that goes to one more worker."""
+
+    def __init__(
+        self,
+        *,
+        session: aiohttp.ClientSession,
+        table: LiveTable,
+        dispatcher: Dispatcher,
+        exchanges: Exchanges,
+        cluster_token: str,
+        on_retry: Callable[[], None],
+    ) -> None:
+        self._session = session
+        self._table = table
+        self._dispatcher = dispatcher
+        self._exchanges = exchanges
+        self._cluster_token = cluster_token
+        self._on_retry = on_retry
+
+    async def ask(
+        self, request: AdmittedRequest, sender: Sender, capability: Capability | None
+    ) -> WholeAnswer | RelayedStream:
+        """The answer of one worker: a whole one, or a stream that has its first events and must be closed.
+
+        Raises what the dispatcher raises where no worker can be chosen, and `UnavailableError` where all have failed.
+        """
+        tried: set[str] = set()
+        num_lost = 0
+        failure: UnavailableError | None = None
+        while num_lost < MAX_LOST_WORKERS:
+            with ExitStack() as resources:
+                try:
+                    worker = resources.enter_context(
+                        self._dispatcher.assign(
+                            self._table.current(),
+                            request.model,
+                            num_tokens=request.num_tokens,
+                            capability=capability,
+                            tried=tried,
+                        )
+                    )
+                except FastChatError as error:
+                    raise failure or self._table.explain(error) from None
+                tried.add(worker.worker_id)
+                if failure is not None:
+                    self._on_retry()
+                try:
+                    return await self._ask_worker(worker, request, sender, resources)
+                except UnavailableError as error:
+                    failure = error
+                    num_lost += error.code in (LOST, BAD_ANSWER)
+                    _log.warning(
+                        "worker failed a request",
+                        request_id=sender.request_id,
+                        worker_id=worker.worker_id,
+                        code=error.code,
+                        cause=repr(error.__cause__),
+                    )
+        assert failure is not None
+        raise failure
+
+    async def _ask_worker(
+        self, worker: WorkerEntry, request: AdmittedRequest, sender: Sender, resources: ExitStack
+    ) -> WholeAnswer | RelayedStream:
+        exchange: Exchange = resources.enter_context(self._exchanges.open(worker))
+        headers = self._headers(worker, request, sender)
+        response = await exchange.start(self._session, request.path, headers, request.body)
+        if response.status != 200 or response.content_type != "text/event-stream":
+            return await read_whole_answer(exchange, response.status, response.headers, sender.request_id)
+        stream = RelayedStream(exchange, sender.request_id, passed_headers(response.headers))
+        await stream.wait_for_first_events()
+        stream.own(resources.pop_all())
+        return stream
+
+    def _headers(self, worker: WorkerEntry, request: AdmittedRequest, sender: Sender) -> Mapping[str, str]:
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if worker.is_external:
+            # Its keep-alive time is unknown: a reused connection might just be closing.
+            return headers | {"connection": "close"}
+        headers |= {
+            "authorization": f"Bearer {self._cluster_token}",
+            "user-agent": sender.user_agent,
+            REQUEST_ID_HEADER: sender.request_id,
+            CREATED_HEADER: str(int(time.time())),
+            SEED_HEADER: str(secrets.randbits(63)),
+        }
+        if sender.tenant:
+            headers[TENANT_HEADER] = sender.tenant
+        if request.is_stream:
+            headers[TAGS_HEADER] = "1"
+        return headers

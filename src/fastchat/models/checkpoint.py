@@ -1,0 +1,140 @@
+"""A model's folder on disk, read as text and never run. Torch-free; everything in `models` starts from here.
+
+The raw `config.json` is kept as it is on disk: transformers rewrites some of it (`_name_or_path`) on the way in, and
+follows `auto_map` to code, which nothing here does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastchat.errors import CheckpointError
+from fastchat.models.families import Family, find_family, rope_options, rope_type
+
+CONTEXT_KEYS = ("seq_length", "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that holds a model of a known family; `config` is its raw config.json."""
+
+    path: Path
+    config: Mapping[str, Any]  # Any: JSON as it is on disk
+    family: Family
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read a folder's config.json. Raises `CheckpointError` in one line that names the file and the remedy."""
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such folder; give the folder that holds config.json and the weights")
+        config = read_json_file(path / "config.json")
+        if config is None:
+            raise CheckpointError(_no_config_message(path))
+        try:
+            family = find_family(config)
+        except CheckpointError as error:
+            raise type(error)(f"{path}/{error.message}") from None
+        return cls(path, config, family)
+
+    @cached_property
+    def name(self) -> str:
+        """The folder's name; in a hub cache (`models--owner--name/snapshots/<hash>`) the model's."""
+        path = self.path.absolute()
+        repository = path.parent.parent.name
+        if path.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.rsplit("--", 1)[-1]
+        return path.name or path.resolve().name
+
+    @cached_property
+    def max_context(self) -> int:
+        """The number of tokens that prompt and answer may have together."""
+        for key in CONTEXT_KEYS:
+            value = self.config.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return self._stretched(value)
+        raise CheckpointError(
+            f"{self.path / 'config.json'}: no context length; add max_position_embeddings (a number of tokens)"
+        )
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The rows of the model's output, padding rows included."""
+        for key in ("padded_vocab_size", "vocab_size"):
+            value = self.config.get(key)
+            if isinstance(value, int) and value > 0:
+                return value
+        raise CheckpointError(f"{self.path / 'config.json'}: no vocab_size; the file is not complete")
+
+    @cached_property
+    def tokenizer_config(self) -> Mapping[str, Any]:  # Any: JSON as it is on disk
+        """tokenizer_config.json, empty where there is none."""
+        return self.read_json("tokenizer_config.json") or {}
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:  # Any: JSON as it is on disk
+        """generation_config.json, empty where there is none."""
+        return self.read_json("generation_config.json") or {}
+
+    @cached_property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The tokens with a role (`bos_token`, `eos_token`, ...) as the tokenizer's files name them."""
+        merged = {**(self.read_json("special_tokens_map.json") or {}), **self.tokenizer_config}
+        tokens: dict[str, str] = {}
+        for key, value in merged.items():
+            content = value.get("content") if isinstance(value, Mapping) else value
+            if key.endswith("_token") and isinstance(content, str):
+                tokens[key] = content
+        return tokens
+
+    def read_json(self, name: str) -> Mapping[str, Any] | None:  # Any: JSON as it is on disk
+        """A JSON object of the folder, None where there is no such file."""
+        return read_json_file(self.path / name)
+
+    def read_text(self, name: str) -> str | None:
+        """A text file of the folder, None where there is no such file. Text is read, never run."""
+        file = self.path / name
+        if not file.is_file():
+            return None
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file}: cannot be read as text ({error}); download it again") from None
+
+    def _stretched(self, num_positions: int) -> int:
+        """`linear` and `yarn` say by how much they stretch; the other kinds count it in already."""
+        options = rope_options(self.config)
+        factor = options.get("factor", 1.0)
+        if rope_type(self.config) == "linear":
+            return int(num_positions * factor)
+        if rope_type(self.config) == "yarn":
+            original = options.get("original_max_position_embeddings") or num_positions
+            return max(num_positions, int(original * factor))
+        return num_positions
+
+
+def read_json_file(file: Path) -> Mapping[str, Any] | None:  # Any: JSON as it is on disk
+    """The object in a JSON file, None where there is no such file. Raises `CheckpointError` for anything else."""
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: holds no JSON object; download it again")
+    return value
+
+
+def _no_config_message(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return f"{path}: an adapter (adapter_config.json) without a model; merge it into its base model first"
+    inner = sorted(folder.name for folder in path.iterdir() if (folder / "config.json").is_file())
+    if inner:
+        return f"{path}: no config.json here, but in its folder {inner[0]!r}; give that folder"
+    return f"{path}: no config.json; the folder is not a complete model, download it again"

@@ -1,0 +1,128 @@
+"""The families of models that run here, as data: an allow-list. Torch-free; `weights.py` builds what it names.
+
+A family says which class of transformers computes it, how its `config.json` becomes that class's configuration, and
+how its tensors are called there. Nothing else in the package asks which family a model belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastchat.errors import UnsupportedModelError
+from fastchat.models import chatglm
+
+Config = Mapping[str, Any]  # Any: config.json as it is on disk
+
+STATIC_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""Kinds of rotary embedding whose angles depend on the position alone, never on the rest of the batch."""
+
+QUANTIZED_REMEDY = "use the original float16 or bfloat16 weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One kind of model. `name` is the `model_type` of its config.json; class names are transformers' own."""
+
+    name: str
+    model_class: str
+    config_class: str
+    check_config: Callable[[Config], None]
+    """Raises `UnsupportedModelError` for an option that would change the result and that we do not compute."""
+    map_config: Callable[[Config, str | None], dict[str, Any]]  # Any: values of a JSON file
+    """config.json and the recognised chat format -> the keyword arguments of `config_class`."""
+    rename: Callable[[str], tuple[str, ...]]
+    """A tensor's name on disk -> the parameters it holds, stacked along its rows; none for one that is not needed."""
+
+
+def find_family(config: Config) -> Family:
+    """The family of a checkpoint, its options checked. Raises `UnsupportedModelError`."""
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UnsupportedModelError(
+            f"config.json: the architecture {model_type!r} does not run here; families that do: {', '.join(FAMILIES)}"
+        )
+    _refuse_quantized(config)
+    _refuse_moving_angles(config)
+    family.check_config(config)
+    return family
+
+
+def rope_options(config: Config) -> Config:
+    """The options of the rotary embedding, under the new or the old key; empty for the plain one."""
+    options = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return options if isinstance(options, Mapping) else {}
+
+
+def rope_type(config: Config) -> str:
+    """The kind of rotary embedding: `default`, `linear`, `yarn`, ..."""
+    options = rope_options(config)
+    return str(options.get("rope_type") or options.get("type") or "default")
+
+
+def _refuse_quantized(config: Config) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise UnsupportedModelError(
+            f"config.json: the checkpoint is quantized (quantization_config: {method}), which is not read here; "
+            f"{QUANTIZED_REMEDY}"
+        )
+
+
+def _refuse_moving_angles(config: Config) -> None:
+    """Angles computed from the batch would make one user's numbers depend on another's length."""
+    kind = rope_type(config)
+    if kind not in STATIC_ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"config.json: the rotary embedding {kind!r} does not run here (its angles depend on the batch or are "
+            f"not known); kinds that do: {', '.join(sorted(STATIC_ROPE_TYPES))}"
+        )
+
+
+def _accept_config(_config: Config) -> None:
+    """transformers' own class obeys every option of this family."""
+
+
+def _same_config(config: Config, _format_name: str | None) -> dict[str, Any]:  # Any: values of a JSON file
+    """The file is the configuration; keys that point at remote code are left out."""
+    return {key: value for key, value in config.items() if key not in ("auto_map", "custom_pipelines")}
+
+
+def _same_name(name: str) -> tuple[str, ...]:
+    """Old checkpoints carry the rotary frequencies of each layer, which are computed here."""
+    return () if name.endswith("rotary_emb.inv_freq") else (name,)
+
+
+def _native(name: str, prefix: str) -> Family:
+    """A family whose checkpoints are in transformers' own layout."""
+    return Family(
+        name=name,
+        model_class=f"{prefix}ForCausalLM",
+        config_class=f"{prefix}Config",
+        check_config=_accept_config,
+        map_config=_same_config,
+        rename=_same_name,
+    )
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            name="chatglm",
+            model_class="GlmForCausalLM",
+            config_class="GlmConfig",
+            check_config=chatglm.check_config,
+            map_config=chatglm.map_config,
+            rename=chatglm.rename,
+        ),
+        _native("glm", "Glm"),
+        _native("llama", "Llama"),
+        _native("mistral", "Mistral"),
+        _native("qwen2", "Qwen2"),
+        _native("qwen3", "Qwen3"),
+    )
+}

@@ -1,0 +1,116 @@
+"""Names, types and sizes of the tensors in a file of weights, from its header alone. Torch-free; runs nothing.
+
+A safetensors file has a JSON header. A `.bin` file is a zip archive whose `data.pkl` is a program of pickle: its
+operations are listed (`pickletools.genops`), never executed. torch writes each tensor as
+
+    name, _rebuild_tensor_v2, ("storage", torch.HalfStorage, key, location, number of values), BINPERSID, offset, ...
+
+so the five values in front of BINPERSID say all that is asked here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickletools
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastchat.errors import CheckpointError
+
+_SAFETENSORS_TYPES: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_STORAGE_TYPES: Mapping[str, str] = {
+    "torch DoubleStorage": "float64",
+    "torch FloatStorage": "float32",
+    "torch HalfStorage": "float16",
+    "torch BFloat16Storage": "bfloat16",
+    "torch LongStorage": "int64",
+    "torch IntStorage": "int32",
+    "torch ShortStorage": "int16",
+    "torch CharStorage": "int8",
+    "torch ByteStorage": "uint8",
+    "torch BoolStorage": "bool",
+}
+_MAX_PROGRAM_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as it lies in a file."""
+
+    name: str
+    dtype: str
+    num_values: int
+
+
+def read_stored_tensors(file_format: Literal["safetensors", "bin"], file: Path) -> list[StoredTensor]:
+    """The tensors of a file that `find_weight_files` has checked. Raises `CheckpointError`."""
+    try:
+        return list(_read_safetensors(file) if file_format == "safetensors" else _read_bin(file))
+    except (ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{file}: its header cannot be read ({error}); download this file again") from None
+
+
+def _read_safetensors(file: Path) -> Iterator[StoredTensor]:
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            kind = str(entry["dtype"])
+            yield StoredTensor(name, _SAFETENSORS_TYPES.get(kind, kind), math.prod(entry["shape"]))
+
+
+def _read_bin(file: Path) -> Iterator[StoredTensor]:
+    with zipfile.ZipFile(file) as archive:
+        (member,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if archive.getinfo(member).file_size > _MAX_PROGRAM_BYTES:
+            raise ValueError("its list of tensors is too long")
+        program = archive.read(member)
+    seen: set[str] = set()
+    for values in _persistent_ids(program):
+        _, kind, key, _, num_values = values[-5:]
+        name = next(value for value in reversed(values[:-5]) if isinstance(value, str) and " " not in value)
+        if key not in seen:  # tied tensors share one storage
+            seen.add(key)
+            yield StoredTensor(name, _STORAGE_TYPES.get(kind, str(kind)), int(num_values))
+
+
+def _persistent_ids(program: bytes) -> Iterator[list[Any]]:  # Any: constants of the program
+    """The constants that were pushed up to each BINPERSID, since the one before; classes as `module name`."""
+    memo: dict[int, Any] = {}
+    pushed: list[Any] = []
+    top: Any = None  # what a PUT would keep: a constant, or None for anything that is built
+    for operation, argument, _ in pickletools.genops(program):
+        name = operation.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[int(argument or 0)] = top
+        elif name in ("BINGET", "LONG_BINGET"):
+            top = memo[int(argument or 0)]
+            pushed.append(top)
+        elif name == "STACK_GLOBAL":
+            top = " ".join(pushed[-2:])
+            pushed[-2:] = [top]
+        elif name == "BINPERSID":
+            yield pushed
+            pushed, top = [], None
+        elif argument is not None:
+            top = argument
+            pushed.append(top)
+        else:
+            top = None

@@ -1,0 +1,150 @@
+"""What the commands share: parsers whose flags may be shortened to a unique prefix, and how a command ends.
+
+Exit codes: 0 ended as asked (also by the first Ctrl-C or SIGTERM), 1 failure, 2 a flag or setting that cannot be
+obeyed or a checkpoint that cannot be loaded, 69 unavailable (the port is in use), 130 ended by force with a second
+Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from fastchat.cluster.token import load_cluster_token, read_token_file
+from fastchat.config import Environment, TlsFiles, parse_host, parse_port, parse_url
+from fastchat.errors import CheckpointError, ConfigError, FastChatError, UnavailableError
+from fastchat.supervisor.parent_link import tell_error, watch_parent
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+
+_Value = TypeVar("_Value")
+
+
+def create_parser(module: str, description: str, *, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser for `python3 -m fastchat.serve.<module>`; a flag may be written as any unique prefix of it."""
+    return argparse.ArgumentParser(
+        prog=f"python3 -m fastchat.serve.{module}",
+        description=description,
+        epilog=epilog,
+        formatter_class=_HelpFormatter,
+    )
+
+
+def add_address_flags(parser: argparse.ArgumentParser, *, port: int) -> None:
+    """`--host` and `--port` of the process itself."""
+    parser.add_argument(
+        "--host", type=flag_type(parse_host), default="localhost", help="address to listen on (default: localhost)"
+    )
+    parser.add_argument(
+        "--port",
+        type=flag_type(parse_port),
+        default=port,
+        help=f"port to listen on, 0 for any free one (default: {port})",
+    )
+
+
+def add_controller_address_flag(parser: argparse.ArgumentParser) -> None:
+    """`--controller-address`, for the processes that talk to the controller."""
+    parser.add_argument(
+        "--controller-address",
+        type=flag_type(parse_url),
+        default="http://localhost:21001",
+        help="URL of the controller (default: http://localhost:21001)",
+    )
+
+
+def add_security_flags(parser: argparse.ArgumentParser) -> None:
+    """`--ssl` and `--cluster-token-file`."""
+    parser.add_argument(
+        "--ssl", action="store_true", help="serve HTTPS with the files in SSL_KEYFILE and SSL_CERTFILE (default: off)"
+    )
+    parser.add_argument(
+        "--cluster-token-file",
+        type=Path,
+        metavar="PATH",
+        help="file with the cluster token (default: FASTCHAT_CLUSTER_TOKEN, else the state directory's cluster-token)",
+    )
+
+
+def add_refused_flag(parser: argparse.ArgumentParser, flag: str, *, reason: str, takes_value: bool = True) -> None:
+    """A flag of FastChat that is known and not obeyed: giving it ends the command with `reason`, in one line."""
+    parser.add_argument(
+        flag,
+        action=_Refused,
+        nargs=None if takes_value else 0,
+        const=reason,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+
+
+def tls_files(arguments: argparse.Namespace, environment: Environment) -> TlsFiles | None:
+    """The key and certificate where `--ssl` was given. Raises `ConfigError` where they are missing."""
+    return environment.tls_files() if arguments.ssl else None
+
+
+def cluster_token(arguments: argparse.Namespace, environment: Environment) -> str:
+    """The token of `--cluster-token-file`, else of the environment, else of the state directory."""
+    path: Path | None = arguments.cluster_token_file
+    return load_cluster_token(None if path is None else read_token_file(path), environment=environment)
+
+
+def flag_type(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
+    """`parse` as an argparse type: its `ConfigError` becomes the parser's one-line message."""
+
+    def convert(text: str) -> _Value:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(error.message) from error
+
+    return convert
+
+
+def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
+    """Run a command's `main` and leave the process: an error on purpose is one line on stderr, not a traceback.
+
+    Where `fastchat serve` started this process, that line is handed to it, to be said last and once.
+    """
+    try:
+        watch_parent()
+        sys.exit(main(None))
+    except FastChatError as error:
+        if not tell_error(error.message):
+            sys.stderr.write(f"error: {error.message}\n")
+        sys.exit(exit_code_of(error))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def exit_code_of(error: FastChatError) -> int:
+    """The exit code that tells a program why the command failed."""
+    if isinstance(error, ConfigError | CheckpointError):
+        return EXIT_USAGE
+    return EXIT_UNAVAILABLE if isinstance(error, UnavailableError) else EXIT_FAILURE
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wide enough for one line per flag."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=140)
+
+
+class _Refused(argparse.Action):
+    """Ends the command with the reason in `const`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,  # noqa: ARG002 - argparse calls with it
+        values: Any,  # noqa: ARG002 - argparse calls with it; Any: whatever follows the flag
+        option_string: str | None = None,
+    ) -> NoReturn:
+        parser.error(f"{option_string} is not supported: {self.const}")

@@ -1,0 +1,71 @@
+"""`python3 -m fastchat.serve.controller`: the process that knows all workers.
+
+Workers keep a connection to it and API servers watch it, both with the cluster token. It relays no request itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fastchat.config import read_environment
+from fastchat.errors import ConfigError
+from fastchat.gateway.controller_app import Controller, ControllerConfig, create_controller_app
+from fastchat.ops.logs import configure_logging, log_arguments
+from fastchat.serve.arguments import (
+    add_address_flags,
+    add_security_flags,
+    cluster_token,
+    create_parser,
+    run_command,
+    tls_files,
+)
+from fastchat.serve.http_server import bind_listeners, run_server
+
+DEFAULT_PORT = 21001
+USAGE_FILE_NAME = "usage.sqlite3"
+
+
+def create_controller_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = create_parser(
+        "controller",
+        "The controller: knows which worker serves which model.",
+        epilog="Listens on this machine only; --host 0.0.0.0 lets workers and API servers of other machines in, "
+        "which need this cluster's token (FASTCHAT_CLUSTER_TOKEN).",
+    )
+    add_address_flags(parser, port=DEFAULT_PORT)
+    parser.add_argument(
+        "--dispatch-method",
+        choices=["shortest_queue", "lottery"],
+        default="shortest_queue",
+        help="how a worker is chosen: shortest_queue, by outstanding tokens (default); lottery is refused",
+    )
+    add_security_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the controller until a signal ends it; returns the exit code."""
+    arguments = create_controller_parser().parse_args(argv)
+    if arguments.dispatch_method == "lottery":
+        raise ConfigError(
+            "--dispatch-method lottery is not offered: the API server sends each request to the worker with the "
+            "fewest outstanding tokens, which chance can only make worse; leave the flag out."
+        )
+    configure_logging("controller")
+    log_arguments(arguments)
+    environment = read_environment()
+    tls = tls_files(arguments, environment)
+    listeners = bind_listeners(arguments.host, arguments.port)
+    config = ControllerConfig(
+        cluster_token=cluster_token(arguments, environment),
+        usage_path=environment.state_dir / USAGE_FILE_NAME,
+    )
+    app = create_controller_app(config)
+    controller: Controller = app.state.controller
+    return run_server(app, listeners, tls=tls, on_stop=controller.stop)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,127 @@
+"""`python3 -m fastchat.serve.openai_api_server`: the OpenAI API over all workers that the controller knows.
+
+It starts in any order relative to the controller and the workers: until they are there it answers 503 and says for whom
+it waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+import structlog
+
+from fastchat.config import is_loopback, read_environment
+from fastchat.errors import ConfigError
+from fastchat.gateway.app import create_api_app
+from fastchat.gateway.config import ApiServerConfig, CorsConfig
+from fastchat.ops.logs import configure_logging, log_arguments
+from fastchat.serve.arguments import (
+    add_address_flags,
+    add_controller_address_flag,
+    add_security_flags,
+    cluster_token,
+    create_parser,
+    flag_type,
+    run_command,
+    tls_files,
+)
+from fastchat.serve.http_server import bind_listeners, run_server
+
+DEFAULT_PORT = 8000
+
+_log = structlog.get_logger(__name__)
+
+
+def create_api_server_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = create_parser(
+        "openai_api_server",
+        "The API server: answers OpenAI's API with the workers that the controller knows.",
+        epilog="Listens on this machine only; --host 0.0.0.0 opens it to others, and --api-keys decides to whom.",
+    )
+    add_address_flags(parser, port=DEFAULT_PORT)
+    add_controller_address_flag(parser)
+    add_access_flags(parser)
+    add_security_flags(parser)
+    return parser
+
+
+def add_access_flags(parser: argparse.ArgumentParser) -> None:
+    """Who may call: the API server's flags that `fastchat serve` has too."""
+    parser.add_argument(
+        "--api-keys",
+        type=flag_type(_parse_keys),
+        metavar="KEY[,KEY...]",
+        help="keys that clients must send, comma separated (default: none needed)",
+    )
+    parser.add_argument(
+        "--allow-credentials", action="store_true", help="CORS: let web pages send credentials (default: off)"
+    )
+    for what, default, meaning in (
+        ("origins", [], "origins of web pages that may call"),
+        ("methods", ["*"], "methods they may use"),
+        ("headers", ["*"], "headers they may send"),
+    ):
+        parser.add_argument(
+            f"--allowed-{what}",
+            type=flag_type(_parse_json_list),
+            default=default,
+            metavar="JSON",
+            help=f"CORS: JSON list of {meaning}, such as '[\"*\"]' (default: {'none' if not default else 'all'})",
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the API server until a signal ends it; returns the exit code."""
+    arguments = create_api_server_parser().parse_args(argv)
+    configure_logging("openai_api_server")
+    log_arguments(arguments)
+    environment = read_environment()
+    tls = tls_files(arguments, environment)
+    listeners = bind_listeners(arguments.host, arguments.port)
+    config = ApiServerConfig(
+        cluster_token=cluster_token(arguments, environment),
+        controller_address=arguments.controller_address,
+        api_keys=tuple(arguments.api_keys or ()),
+        cors=CorsConfig(
+            allow_credentials=arguments.allow_credentials,
+            allowed_origins=tuple(arguments.allowed_origins),
+            allowed_methods=tuple(arguments.allowed_methods),
+            allowed_headers=tuple(arguments.allowed_headers),
+        ),
+    )
+    if not config.api_keys and not is_loopback(arguments.host):
+        _warn_of_open_door(arguments.host)
+    return run_server(create_api_app(config), listeners, tls=tls)
+
+
+def _warn_of_open_door(host: str) -> None:
+    everywhere = host in ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound
+    where = "any address of this machine" if everywhere else host
+    _log.warning(
+        f"NO API KEY IS SET: everyone who can reach {where} may use all models; "
+        "set a key with --api-keys, for example: --api-keys $(openssl rand -hex 32)"
+    )
+
+
+def _parse_keys(text: str) -> list[str]:
+    keys = [key.strip() for key in text.split(",")]
+    if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
+        raise ConfigError("give keys of printable ASCII without spaces, separated by single commas.")
+    return keys
+
+
+def _parse_json_list(text: str) -> list[str]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{text!r} is not a JSON list of strings; write it like '[\"https://example.org\"]'.")
+    return names
+
+
+if __name__ == "__main__":
+    run_command(main)

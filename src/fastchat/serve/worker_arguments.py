@@ -1,0 +1,276 @@
+"""The flags that both worker commands share, and what becomes of them.
+
+FastChat's names and defaults, but for these: workers listen on this machine only; `--device` and `--dtype` choose by
+themselves; there is no concurrency limit unless one is given; an event is sent for every token; `--worker-address`
+follows from host and port.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from fastchat.config import Environment, parse_bytes, parse_url
+from fastchat.errors import ConfigError
+from fastchat.serve.arguments import (
+    add_address_flags,
+    add_controller_address_flag,
+    add_refused_flag,
+    add_security_flags,
+    cluster_token,
+    flag_type,
+)
+from fastchat.serve.http_server import Listeners
+from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
+
+DEFAULT_PORT = 21002
+
+_QUANTIZED = "quantized checkpoints of this kind are not read; give the unquantized checkpoint's folder to --model-path"
+_EXLLAMA = "there is no ExLlama engine; leave the flag out, the built-in engine serves the model"
+_XFT = "there is no xFasterTransformer engine; leave the flag out, the built-in engine serves the model"
+_REFUSED: tuple[tuple[str, bool, str], ...] = (
+    ("--load-8bit", False, "8-bit loading is not there yet; use --dtype bfloat16 or float16, which halve float32"),
+    ("--cpu-offloading", False, "weights stay on one device; use --device cpu, or a model that fits"),
+    ("--gptq-ckpt", True, _QUANTIZED),
+    ("--gptq-wbits", True, _QUANTIZED),
+    ("--gptq-groupsize", True, _QUANTIZED),
+    ("--gptq-act-order", False, _QUANTIZED),
+    ("--awq-ckpt", True, _QUANTIZED),
+    ("--awq-wbits", True, _QUANTIZED),
+    ("--awq-groupsize", True, _QUANTIZED),
+    ("--enable-exllama", False, _EXLLAMA),
+    ("--exllama-max-seq-len", True, _EXLLAMA),
+    ("--exllama-gpu-split", True, _EXLLAMA),
+    ("--exllama-cache-8bit", False, _EXLLAMA),
+    ("--enable-xft", False, _XFT),
+    ("--xft-max-seq-len", True, _XFT),
+    ("--xft-dtype", True, _XFT),
+)
+
+
+def add_worker_flags(parser: argparse.ArgumentParser) -> None:
+    """Everything but the models' own flags."""
+    add_address_flags(parser, port=DEFAULT_PORT)
+    parser.add_argument(
+        "--worker-address",
+        type=flag_type(parse_url),
+        help="URL by which the API server reaches this worker (default: made of --host and --port)",
+    )
+    add_controller_address_flag(parser)
+    parser.add_argument(
+        "--no-register", action="store_true", help="serve without telling a controller (default: register)"
+    )
+    parser.add_argument(
+        "--later-models",
+        type=flag_type(natural),
+        default=0,
+        metavar="N",
+        help="models that other workers will load here later; free memory is divided with them (default: 0)",
+    )
+    parser.add_argument(
+        "--later-weights",
+        type=flag_type(parse_bytes),
+        default=0,
+        metavar="SIZE",
+        help="device memory to leave for the weights of those models (default: 0)",
+    )
+    add_serving_flags(parser)
+    add_security_flags(parser)
+
+
+def add_serving_flags(parser: argparse.ArgumentParser) -> None:
+    """How models are run and served: a worker's flags that `fastchat serve` has too and hands on."""
+    add_engine_flags(parser)
+    parser.add_argument(
+        "--limit-worker-concurrency",
+        type=flag_type(positive),
+        metavar="N",
+        help="answers computed at once, the others wait (default: no limit, the scheduler decides; FastChat's was 5)",
+    )
+    parser.add_argument(
+        "--stream-interval",
+        type=flag_type(positive),
+        default=1,
+        metavar="N",
+        help="tokens that an event of a stream waits for (default: 1; FastChat's was 2)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed for requests that bring none, which makes each repeatable (default: a new one each time)",
+    )
+    parser.add_argument(
+        "--embed-in-truncate",
+        action="store_true",
+        help="cut embedding inputs that are longer than the context (default: refuse them)",
+    )
+    parser.add_argument(
+        "--debug", nargs="?", const="true", default="", metavar="BOOL", help="log more, for developers (default: off)"
+    )
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """How a model is run, and FastChat's flags for it that are refused; the terminal has them too."""
+    for flag, takes_value, reason in _REFUSED:
+        add_refused_flag(parser, flag, reason=reason, takes_value=takes_value)
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="where to compute (default: auto, a GPU if there is one; FastChat's was cuda)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="number type of the weights (default: auto, the checkpoint's on a GPU, the processor's fastest on a CPU)",
+    )
+    parser.add_argument(
+        "--gpus", metavar="IDS", help="the GPUs to see, like 0 or 1 (default: all; sets CUDA_VISIBLE_DEVICES)"
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="GPUs for one model; more than 1 is refused (default: 1)"
+    )
+    parser.add_argument(
+        "--max-gpu-memory",
+        type=flag_type(parse_bytes),
+        metavar="SIZE",
+        help="GPU memory for weights and KV cache of one model, like 13GiB (default: what is free)",
+    )
+    parser.add_argument(
+        "--kv-cache-memory",
+        type=flag_type(parse_bytes),
+        metavar="SIZE",
+        help="memory of one model's KV cache, like 2GiB (default: a share of what is free; at most 4GiB on a CPU)",
+    )
+    parser.add_argument(
+        "--max-context",
+        type=flag_type(positive),
+        metavar="N",
+        help="longest prompt and answer together, in tokens (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--max-batch-tokens",
+        type=flag_type(positive),
+        metavar="N",
+        help="tokens computed in one step; fewer make answers flow more evenly beside long prompts (default: 512)",
+    )
+    parser.add_argument(
+        "--engine-process",
+        choices=["auto", "thread", "process"],
+        default="auto",
+        help="where an engine runs (default: auto, its own process on CUDA and a thread elsewhere)",
+    )
+    parser.add_argument(
+        "--revision", default="main", help="only main: the files of the folder are used as they are (default: main)"
+    )
+
+
+def worker_config(
+    arguments: argparse.Namespace, environment: Environment, listeners: Listeners, models: tuple[ModelSpec, ...]
+) -> WorkerConfig:
+    """The worker that the flags ask for."""
+    return WorkerConfig(
+        models=models,
+        address=arguments.worker_address or listeners.url(tls=arguments.ssl),
+        cluster_token=cluster_token(arguments, environment),
+        controller_address=None if arguments.no_register else arguments.controller_address,
+        engine=EngineSpec(
+            device=arguments.device,
+            dtype=arguments.dtype,
+            engine_place=arguments.engine_process,
+            max_context=arguments.max_context,
+            max_batch_tokens=arguments.max_batch_tokens,
+            max_running=arguments.limit_worker_concurrency,
+            kv_cache_bytes=arguments.kv_cache_memory,
+            max_device_bytes=arguments.max_gpu_memory,
+            num_later_models=arguments.later_models,
+            num_later_weight_bytes=arguments.later_weights,
+        ),
+        stream_interval=arguments.stream_interval,
+        default_seed=arguments.seed,
+        truncates_embedding_input=arguments.embed_in_truncate,
+    )
+
+
+def obey_early_flags(arguments: argparse.Namespace) -> None:
+    """What must be decided before torch looks for GPUs. Raises `ConfigError` for what is not supported."""
+    if arguments.num_gpus != 1:
+        raise ConfigError(
+            f"--num-gpus {arguments.num_gpus} is not supported: one model runs on one GPU; start one worker for "
+            "each GPU with --gpus."
+        )
+    if arguments.revision != "main":
+        raise ConfigError(
+            f"--revision {arguments.revision} is not supported: models are folders on disk; give the folder of that "
+            "revision to --model-path."
+        )
+    if arguments.gpus is not None:
+        if len(arguments.gpus.split(",")) > 1:
+            raise ConfigError(
+                f"--gpus {arguments.gpus} is not supported: one model runs on one GPU; name one, and start one "
+                "worker for each."
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpus
+
+
+def log_level(arguments: argparse.Namespace) -> str:
+    """As FastChat's `--debug`: any value that is not empty means yes."""
+    return "DEBUG" if arguments.debug else "INFO"
+
+
+def model_path(text: str) -> str:
+    """A folder, as it was written."""
+    if not text.strip():
+        raise ConfigError("--model-path is empty; give the folder of a checkpoint.")
+    return text
+
+
+def model_names(text: str | None) -> tuple[str, ...]:
+    """`a,b` as names; None gives none, and the folder's name is used."""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise ConfigError(f"{text!r} is not a whole number from 1.")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *, is_repeatable: bool, default_model: str | None = None) -> None:
+    """`--model-path`, `--model-names` and `--conv-template`, once or once for each model.
+
+    `default_model` says what is served where no path is given; without it the path is required.
+    """
+    each: dict[str, Any] = {"action": "append"} if is_repeatable else {}  # Any: argparse's keywords
+    again = ", once for each model" if is_repeatable else ""
+    parser.add_argument(
+        "--model-path",
+        required=default_model is None,
+        type=flag_type(model_path),
+        metavar="FOLDER",
+        help=f"a checkpoint{again}" + (f" (default: {default_model})" if default_model else ""),
+        **each,
+    )
+    parser.add_argument(
+        "--model-names",
+        type=flag_type(model_names),
+        metavar="A,B",
+        help=f"names to serve it as{again} (default: the folder's name)",
+        **each,
+    )
+    some = ", once for all or once for each model" if is_repeatable else ""
+    parser.add_argument(
+        "--conv-template",
+        metavar="NAME",
+        help=f"prompt format, by name or as a .json file{some} (default: the checkpoint's own)",
+        **each,
+    )

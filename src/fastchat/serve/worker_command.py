@@ -1,0 +1,33 @@
+"""How both worker commands run, once their flags are read."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastchat.config import read_environment
+from fastchat.models.checkpoint import Checkpoint
+from fastchat.ops.logs import configure_logging, log_arguments
+from fastchat.serve.arguments import tls_files
+from fastchat.serve.http_server import bind_listeners, run_server
+from fastchat.serve.worker_arguments import log_level, obey_early_flags, worker_config
+from fastchat.worker.config import ModelSpec
+
+
+def run_worker(process_name: str, arguments: argparse.Namespace, models: tuple[ModelSpec, ...]) -> int:
+    """Serve until a signal ends it; returns the exit code. A taken port is told before a model is loaded."""
+    configure_logging(process_name, level=log_level(arguments))
+    log_arguments(arguments)
+    obey_early_flags(arguments)
+    environment = read_environment()
+    tls = tls_files(arguments, environment)
+    listeners = bind_listeners(arguments.host, arguments.port)
+    config = worker_config(arguments, environment, listeners, models)
+    for spec in models:
+        Checkpoint.open(spec.path)
+    # torch and transformers take seconds to import: what is wrong with flags, port or folders is told before.
+    from fastchat.worker.app import create_worker_app
+    from fastchat.worker.life_cycle import WorkerRuntime
+
+    app = create_worker_app(config)
+    runtime: WorkerRuntime = app.state.runtime
+    return run_server(app, listeners, tls=tls, on_stop=runtime.drain)

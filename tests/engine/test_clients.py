@@ -1,0 +1,209 @@
+"""One test for both ways to reach an engine: a thread, and a spawned process."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+
+import pytest
+
+from fastchat.engine.client import EngineClient
+from fastchat.engine.events import FinishReason, SequenceRequest
+from fastchat.engine.process_client import ProcessEngineClient
+from fastchat.engine.sampling_params import SamplingParams
+from fastchat.engine.thread_client import ThreadEngineClient
+from fastchat.errors import CheckpointError, ContextLengthError, EngineError, InvalidRequestError
+from tests.engine.conftest import answer_ids, make_engine, run_all
+from tests.engine.tiny_models import VOCAB_SIZE, make_model
+
+CHILD = (sys.executable, "-m", "tests.engine.engine_child")
+
+
+def raise_checkpoint_error():
+    raise CheckpointError("the folder is empty; copy a model into it")
+
+
+def make_client(kind: str, *, fails: bool = False) -> EngineClient:
+    if kind == "process":
+        return ProcessEngineClient([*CHILD, "--fails"] if fails else CHILD)
+    return ThreadEngineClient(raise_checkpoint_error if fails else lambda: make_engine(make_model("glm")))
+
+
+@contextlib.asynccontextmanager
+async def running(kind: str):
+    client = make_client(kind)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def request(name: str, **sampling) -> SequenceRequest:
+    return SequenceRequest(name, (5, 6, 7), SamplingParams(**({"max_tokens": 20, "temperature": 0.0} | sampling)))
+
+
+async def collect(client: EngineClient, asked: SequenceRequest) -> list:
+    events = []
+    async with client.open(asked) as stream:
+        while not events or events[-1].finish_reason is None:
+            events += await stream.next_events()
+    return events
+
+
+async def read_to_the_end(stream) -> None:
+    while True:
+        await asyncio.wait_for(stream.next_events(), 5)
+
+
+async def until_empty(client: EngineClient) -> None:
+    while client.stats.num_free_blocks != client.stats.num_blocks or client.stats.num_running:
+        await asyncio.sleep(0.01)
+
+
+both = pytest.mark.parametrize("kind", ["thread", "process"])
+
+
+@both
+def test_events_are_the_engines_own(kind):
+    """What comes through a client is what the engine gives, field by field."""
+    requests = [
+        request("plain"),
+        request("full", top_logprobs=2, prompt_logprobs=1, logit_bias=((9, 3.0),), stop_token_ids=frozenset({1})),
+        request("seeded", temperature=1.0, seed=2**62, top_p=0.9),
+        SequenceRequest("embedding", (5, 6, 7), SamplingParams(max_tokens=0), wants_embedding=True),
+    ]
+
+    async def main():
+        async with running(kind) as client:
+            return [await collect(client, asked) for asked in requests]
+
+    received = asyncio.run(main())
+    for asked, events in zip(requests, received, strict=True):
+        assert events == run_all(make_engine(make_model("glm")), [asked])[asked.sequence_id]
+
+
+@both
+def test_many_streams_at_once(kind):
+    """Each stream gets its own events, in order, to the end."""
+
+    async def main():
+        async with running(kind) as client:
+            asked = [request(str(index), temperature=1.0, seed=index) for index in range(32)]
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(collect(client, one)) for one in asked]
+            together = [answer_ids(task.result()) for task in tasks]
+            alone = [answer_ids(await collect(client, one)) for one in asked]
+            assert together == alone
+            assert client.stats.num_generated_tokens == 2 * 32 * 20
+
+    asyncio.run(main())
+
+
+@both
+def test_leaving_the_block_aborts(kind):
+    """However the block is left, the sequence ends and its blocks are free."""
+
+    async def main():
+        async with running(kind) as client:
+            with contextlib.suppress(ZeroDivisionError):
+                async with client.open(request("left", max_tokens=200)) as stream:
+                    await stream.next_events()
+                    raise ZeroDivisionError
+            await asyncio.wait_for(until_empty(client), 5)
+            assert client.stats.num_generated_tokens < 200
+            assert len(answer_ids(await collect(client, request("next")))) == 20
+
+    asyncio.run(main())
+
+
+@both
+def test_abort_from_outside_is_told_to_the_stream(kind):
+    """Who reads a sequence that somebody else aborts hears of it."""
+
+    async def main():
+        async with running(kind) as client, client.open(request("a", max_tokens=200)) as stream:
+            events = await stream.next_events()
+            client.abort("a")
+            while events[-1].finish_reason is None:
+                events = await stream.next_events()
+            assert events[-1].finish_reason is FinishReason.ABORT
+
+    asyncio.run(main())
+
+
+@both
+def test_what_loading_raises_start_raises(kind):
+    """A folder that cannot be loaded is the same error on this side."""
+
+    async def main():
+        client = make_client(kind, fails=True)
+        with pytest.raises(CheckpointError, match="copy a model"):
+            await client.start()
+        await client.close()
+        assert not client.is_alive
+
+    asyncio.run(main())
+
+
+@both
+def test_requests_that_cannot_fit_are_refused_before_the_engine_sees_them(kind):
+    """Ids outside the vocabulary, no ids, too many ids."""
+
+    async def main():
+        async with running(kind) as client:
+            sampling = SamplingParams(max_tokens=4)
+            for ids in ((), (VOCAB_SIZE,), (-1,)):
+                with pytest.raises(InvalidRequestError):
+                    client.submit(SequenceRequest("bad", ids, sampling))
+            with pytest.raises(ContextLengthError) as caught:
+                client.submit(SequenceRequest("long", (5,) * 253, sampling))
+            assert (caught.value.num_prompt_tokens, caught.value.max_context) == (253, 256)
+            with pytest.raises(InvalidRequestError, match="logit_bias"):
+                client.submit(request("bias", logit_bias=((VOCAB_SIZE, 1.0),)))
+
+    asyncio.run(main())
+
+
+@both
+def test_a_closed_engine_ends_its_streams(kind):
+    """Nobody waits for an engine that was closed."""
+
+    async def main():
+        async with running(kind) as client:
+            stream = client.submit(request("a", max_tokens=200))
+            await stream.next_events()
+            await client.close()
+            with pytest.raises(EngineError):
+                await read_to_the_end(stream)
+            with pytest.raises(EngineError):
+                client.submit(request("b"))
+
+    asyncio.run(main())
+
+
+def test_a_killed_engine_process_ends_its_streams():
+    """The death of the child is seen by its socket, at once."""
+
+    async def main():
+        async with running("process") as client:
+            stream = client.submit(request("a", max_tokens=200))
+            await stream.next_events()
+            os.kill(client.process_id, signal.SIGKILL)
+            with pytest.raises(EngineError, match="died"):
+                await read_to_the_end(stream)
+            assert not client.is_alive
+
+    asyncio.run(main())
+
+
+def test_progress_grows_within_a_step():
+    """A long step shows signs of life: one per layer."""
+
+    async def main():
+        async with running("thread") as client:
+            await collect(client, request("a"))
+            assert client.stats.progress >= 2 * 20
+
+    asyncio.run(main())

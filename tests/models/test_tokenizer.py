@@ -1,0 +1,235 @@
+"""Text to ids and back, for ChatGLM's tokenizer and byte-level ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastchat.errors import CheckpointError, InvalidRequestError
+from fastchat.models.backend_tokenizer import BackendTokenizer
+from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.tokenizer import TemplateTokenizer, load_tokenizer
+from tests.checkpoints import (
+    PADDED_VOCAB_SIZE,
+    SENTENCES,
+    byte_level_definition,
+    sentencepiece_model,
+    write_checkpoint,
+)
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
+IDS = st.lists(st.integers(0, PADDED_VOCAB_SIZE - 1), max_size=30)
+
+
+@cache
+def tokenizer_of(family: Any) -> TemplateTokenizer:
+    with TemporaryDirectory() as folder:
+        return load_tokenizer(Checkpoint.open(write_checkpoint(Path(folder), family)))
+
+
+@cache
+def sentencepiece_processor() -> Any:
+    return sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+
+
+@pytest.mark.parametrize("family", ["chatglm3", "llama"])
+@given(text=TEXTS)
+def test_decoding_gives_the_text_back(family: str, text: str) -> None:
+    tokenizer = tokenizer_of(family)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(text=TEXTS)
+def test_byte_level_ids_are_the_librarys(text: str) -> None:
+    theirs = tokenizers.Tokenizer.from_str(byte_level_definition())
+    assert tokenizer_of("llama").encode_rendered(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@given(token_ids=IDS)
+def test_byte_level_decoding_is_the_librarys(token_ids: list[int]) -> None:
+    theirs = tokenizers.Tokenizer.from_str(byte_level_definition())
+    for skip in (True, False):
+        ours = tokenizer_of("llama").decode(token_ids, skip_special_tokens=skip)
+        assert ours == theirs.decode(token_ids, skip_special_tokens=skip)
+
+
+@given(token_ids=st.lists(st.integers(3, 479), max_size=30))
+def test_sentencepiece_decoding_is_the_librarys(token_ids: list[int]) -> None:
+    """Up to the number of U+FFFD: one for each incomplete character here, one for each byte of it there."""
+    ours = tokenizer_of("chatglm2").decode(token_ids)
+    theirs = sentencepiece_processor().decode(token_ids)
+    assert re.sub("\ufffd+", "\ufffd", ours) == re.sub("\ufffd+", "\ufffd", theirs)
+
+
+def test_special_ids_of_chatglm_are_computed_from_the_vocabulary() -> None:
+    num_pieces = sentencepiece_processor().vocab_size()
+    tokenizer = tokenizer_of("chatglm3")
+    names = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    assert [tokenizer.special_token_id(name) for name in names] == list(range(num_pieces, num_pieces + len(names)))
+    assert tokenizer.encode("") == tokenizer.prefix_ids() == [num_pieces + 1, num_pieces + 3]
+    assert tokenizer_of("chatglm2").special_token_id("<|user|>") is None
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "llama"])
+def test_padding_rows_stand_for_no_text(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    assert tokenizer.vocab_size == PADDED_VOCAB_SIZE
+    assert tokenizer.decode([PADDED_VOCAB_SIZE - 1], skip_special_tokens=False) == ""
+    assert tokenizer.token_bytes(PADDED_VOCAB_SIZE - 1) == b""
+
+
+@pytest.mark.parametrize("family", ["chatglm3", "llama"])
+def test_markers_typed_as_text_never_become_special_ids(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    special = set(tokenizer.special_tokens.values())
+    for name in tokenizer.special_tokens:
+        text = f"a {name}b{name}"
+        for token_ids in (tokenizer.encode_piece(text), tokenizer.encode_following(text)):
+            assert special.isdisjoint(token_ids)
+            assert tokenizer.decode(token_ids) == text
+
+
+@pytest.mark.parametrize("family", ["chatglm3", "llama"])
+def test_special_tokens_are_shown_when_asked_for(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    for name, token_id in tokenizer.special_tokens.items():
+        assert tokenizer.decode([token_id]) == ""
+        assert tokenizer.decode([token_id], skip_special_tokens=False) == name
+
+
+@pytest.mark.parametrize("family", ["chatglm3", "llama"])
+def test_token_bytes_join_to_the_text(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    for sentence in SENTENCES:
+        token_ids = tokenizer.encode_piece(sentence)
+        joined = b"".join(tokenizer.token_bytes(token_id) for token_id in token_ids).decode()
+        assert joined.removeprefix(" " if family == "chatglm3" else "") == sentence
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "llama"])
+def test_a_lone_surrogate_is_the_clients_error(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    for encode in (tokenizer.encode, tokenizer.encode_piece, tokenizer.encode_rendered, tokenizer.encode_following):
+        with pytest.raises(InvalidRequestError, match=r"lone surrogate \(U\+D83D\) at character 1"):
+            encode("a\ud83d")
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "llama"])
+@pytest.mark.parametrize("token_id", [-1, PADDED_VOCAB_SIZE])
+def test_an_id_that_does_not_exist_is_the_clients_error(family: str, token_id: int) -> None:
+    with pytest.raises(InvalidRequestError, match=f"Token id {token_id} does not exist"):
+        tokenizer_of(family).decode([token_id])
+
+
+@pytest.mark.parametrize("family", ["chatglm3", "llama"])
+def test_threads_do_not_disturb_each_other(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    texts = [f"{sentence} <|im_end|> <|user|> {number}" for number, sentence in enumerate(SENTENCES)]
+    expected = [(tokenizer.encode(text), tokenizer.encode_rendered(text)) for text in texts]
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(20):
+            for text, ids in zip(texts, expected, strict=True):
+                if (tokenizer.encode(text), tokenizer.encode_rendered(text)) != ids:
+                    wrong.append(text)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, {"eos_token_id": 0}, {0, 2}),
+        ({"eos_token_id": [1, 5]}, {"eos_token_id": 0}, {1, 2, 5}),
+        ({"temperature": 1.0}, {"eos_token_id": [0, 9]}, {0, 2, 9}),
+        (None, {"eos_token_id": None}, {2}),
+        (None, {"eos_token_id": 99999}, {2}),
+    ],
+)
+def test_ends_come_from_the_generation_config_else_the_config_and_from_the_tokenizer(
+    tmp_path: Path, generation: dict[str, Any] | None, config: dict[str, Any], expected: set[int]
+) -> None:
+    write_checkpoint(tmp_path, "llama", generation_config=generation)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **config}))
+    assert load_tokenizer(Checkpoint.open(tmp_path)).eos_token_ids == expected
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "chatglm", "chatglm2")
+    (tmp_path / "chatglm" / "tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer.model: missing"):
+        load_tokenizer(Checkpoint.open(tmp_path / "chatglm"))
+    write_checkpoint(tmp_path / "llama", "llama")
+    (tmp_path / "llama" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        load_tokenizer(Checkpoint.open(tmp_path / "llama"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"IQ== 0\nIg== 1\n"])
+def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path: Path, content: bytes) -> None:
+    write_checkpoint(tmp_path, "chatglm2")
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer.model: "):
+        load_tokenizer(Checkpoint.open(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"added_tokens": [], "model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_file_is_named(tmp_path: Path, content: str) -> None:
+    write_checkpoint(tmp_path, "llama")
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: cannot be read"):
+        load_tokenizer(Checkpoint.open(tmp_path))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "chatglm2", config={"padded_vocab_size": 200})
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load_tokenizer(Checkpoint.open(tmp_path))
+
+
+@cache
+def converted_llama() -> tuple[BackendTokenizer, Any]:
+    """A Llama checkpoint that has only a SentencePiece model, converted by transformers."""
+    with TemporaryDirectory() as name:
+        folder = write_checkpoint(Path(name), "llama", chat_template=None)
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+        config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        ours = load_tokenizer(Checkpoint.open(folder))
+        assert isinstance(ours, BackendTokenizer)
+        return ours, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", [*SENTENCES, "", " two  spaces", "👋 </s> <s>", "\n\n"])
+def test_a_sentencepiece_llama_tokenizes_as_in_transformers(text: str) -> None:
+    ours, theirs = converted_llama()
+    assert ours.prefix_ids() == [1]
+    assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]
+    assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text), skip_special_tokens=True)
+    assert ours.special_token_id("</s>") in ours.eos_token_ids
+
+
+@given(token_ids=st.lists(st.integers(259, 479), max_size=20))
+def test_a_sentencepiece_llama_decodes_as_in_transformers(token_ids: list[int]) -> None:
+    ours, theirs = converted_llama()
+    assert ours.decode(token_ids) == theirs.decode(token_ids)

@@ -1,0 +1,206 @@
+"""Laws of the whole system: real controller, worker and API server, real clients, real faults."""
+
+import asyncio
+import signal
+import subprocess
+import time
+
+import openai
+import pytest
+
+from tests.checkpoints import write_checkpoint
+from tests.processes import ROOT, start_command
+from tests.system import MODEL_NAME, System, running_system, wait_for_models
+
+MESSAGES = [{"role": "user", "content": "你是谁？"}]
+LONG = {"model": MODEL_NAME, "messages": MESSAGES, "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+
+
+def client_of(system: System) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=system.api_url + "/v1", api_key="EMPTY", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory):
+    with running_system(tmp_path_factory.mktemp("system"), worker_flags=()) as running:
+        yield running
+
+
+def test_models_has_exactly_the_fields_of_the_guide(system):
+    """What old clients and scripts read from the list is there, and nothing else."""
+    (card,) = system.get("/v1/models")["data"]
+    assert list(card) == ["id", "object", "created", "owned_by", "root", "parent", "permission"]
+    assert (card["id"], card["owned_by"], card["root"], card["parent"]) == (MODEL_NAME, "fastchat", MODEL_NAME, None)
+    (permission,) = card["permission"]
+    assert list(permission) == [
+        "id",
+        "object",
+        "created",
+        "allow_create_engine",
+        "allow_sampling",
+        "allow_logprobs",
+        "allow_search_indices",
+        "allow_view",
+        "allow_fine_tuning",
+        "organization",
+        "group",
+        "is_blocking",
+    ]
+    assert len(permission["id"]) == len("modelperm-37FkwejmTx3qArXrHS5uSv")
+
+
+def test_the_curl_examples_work(system):
+    """Every command of examples/curl.sh, the 404 of an unknown model included."""
+    result = subprocess.run(
+        ["bash", "examples/curl.sh", MODEL_NAME],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "OPENAI_BASE_URL": system.api_url + "/v1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "vicuna-7b-v1.3" in result.stderr
+    assert MODEL_NAME in result.stderr
+
+
+def test_thirty_two_streams_give_what_each_gives_alone(system):
+    """Greedy and seeded streams side by side equal the whole answers one by one, byte for byte."""
+    requests = [
+        {
+            "model": MODEL_NAME,
+            "messages": [{"role": "user", "content": f"问题 {index}: Hello!"}],
+            "max_tokens": 24,
+            "temperature": index % 2,
+            "seed": index,
+        }
+        for index in range(32)
+    ]
+
+    async def read_stream(client, request) -> str:
+        stream = await client.chat.completions.create(stream=True, **request)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def main() -> None:
+        async with client_of(system) as client:
+            together = await asyncio.gather(*(read_stream(client, request) for request in requests))
+            alone = [
+                (await client.chat.completions.create(**request)).choices[0].message.content for request in requests
+            ]
+            assert together == alone
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_leaves_frees_its_sequence(system, streams):
+    """The worker's running count falls to nothing long before the answer would have ended."""
+
+    async def main() -> None:
+        async with client_of(system) as client:
+            task = asyncio.create_task(client.chat.completions.create(stream=streams, **LONG))
+            await until_running(system, 1)
+            if streams:
+                stream = await task
+                await stream.close()
+            else:
+                task.cancel()
+                await asyncio.wait([task])
+            began = time.monotonic()
+            await until_running(system, 0)
+            assert time.monotonic() - began < 5
+
+    asyncio.run(main())
+
+
+async def until_running(system: System, count: int) -> None:
+    """Wait until the worker says so many sequences run."""
+    deadline = time.monotonic() + 20
+    while await asyncio.to_thread(num_running, system) != count:
+        assert time.monotonic() < deadline, f"never {count} running"
+        await asyncio.sleep(0.02)
+
+
+def num_running(system: System) -> int:
+    token = (system.state_dir / "cluster-token").read_text().strip()
+    command = ["curl", "-fsS", "-H", f"Authorization: Bearer {token}", f"{system.worker.url}/metrics"]
+    metrics = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return round(sum(float(line.split()[-1]) for line in metrics.splitlines() if "requests_running{" in line))
+
+
+def test_a_restarted_controller_disturbs_nobody(tmp_path):
+    """Streams go on, new requests are answered from the last table, and the new controller's table is whole in 2 s."""
+    with running_system(tmp_path) as system:
+
+        async def main() -> None:
+            async with client_of(system) as client:
+                stream = await client.chat.completions.create(stream=True, **LONG)
+                await anext(aiter(stream))
+                system.controller.kill()
+                answer = await client.chat.completions.create(model=MODEL_NAME, messages=MESSAGES, max_tokens=2)
+                assert answer.choices[0].finish_reason
+                with start_command("controller", *system.controller_flags, state_dir=tmp_path / "state") as controller:
+                    controller.wait_for_line("worker registered")
+                    chunks = [chunk async for chunk in stream]
+                    assert chunks[-1].choices[0].finish_reason == "length"
+                    assert wait_for_models(system, [MODEL_NAME], limit_s=2) < 2
+
+        asyncio.run(main())
+
+
+def test_a_killed_worker_is_gone_at_once_and_its_clients_are_told(tmp_path):
+    """A stream that has begun ends with an error, never with a made-up finish; the next request gets 404 or 503."""
+    with running_system(tmp_path) as system:
+
+        async def main() -> None:
+            async with client_of(system) as client:
+                stream = await client.chat.completions.create(stream=True, **LONG)
+                await anext(aiter(stream))
+                system.worker.signal(signal.SIGKILL)
+                with pytest.raises(openai.APIError) as caught:
+                    [chunk async for chunk in stream]
+                assert "worker" in str(caught.value)
+                began = time.monotonic()
+                with pytest.raises((openai.InternalServerError, openai.NotFoundError)):
+                    await client.chat.completions.create(model=MODEL_NAME, messages=MESSAGES, max_tokens=2)
+                assert time.monotonic() - began < 5
+                assert wait_for_models(system, [], limit_s=5) < 5
+
+        asyncio.run(main())
+
+
+def test_two_models_in_one_worker_as_in_the_guide(tmp_path):
+    """Both are listed and answer at the same time, one's error leaves the other alone, both come back by themselves."""
+    first, second = "chatglm2-6b-cmeee_eie001", "chatglm2-6b"
+    for number, name in enumerate((first, second)):
+        write_checkpoint(tmp_path / name, "chatglm2", seed=number)
+    flags = [
+        *("--model-path", tmp_path / first, "--model-names", first),
+        *("--model-path", tmp_path / second, "--model-names", second),
+    ]
+    with running_system(
+        tmp_path, worker_module="multi_model_worker", worker_flags=flags, model_names=[first, second]
+    ) as system:
+
+        async def main() -> None:
+            async with client_of(system) as client:
+                answers = await asyncio.gather(
+                    *(
+                        client.chat.completions.create(
+                            model=name, messages=MESSAGES, max_tokens=16, temperature=0, extra_body={"ignore_eos": True}
+                        )
+                        for name in (first, second) * 2
+                    )
+                )
+                texts = [answer.choices[0].message.content for answer in answers]
+                assert texts[:2] == texts[2:]
+                assert texts[0] != texts[1]
+                with pytest.raises(openai.BadRequestError, match="context"):
+                    await client.chat.completions.create(model=first, messages=MESSAGES, max_tokens=10**6)
+
+        asyncio.run(main())
+        system.controller.kill()
+        with start_command("controller", *system.controller_flags, state_dir=tmp_path / "state") as controller:
+            controller.wait_for_line("worker registered")
+            assert wait_for_models(system, [first, second], limit_s=2) < 2

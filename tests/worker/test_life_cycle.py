@@ -1,0 +1,204 @@
+"""A worker's life: loading, registering, final records, draining, hanging, and an engine in its own process."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from fastchat.api.served_model import ServedModel
+from fastchat.cluster.contract import Load
+from fastchat.engine.client import EngineClient
+from fastchat.engine.events import EngineStats
+from fastchat.errors import CheckpointError, ConfigError, EngineError
+from fastchat.gateway.controller_app import ControllerConfig, create_controller_app
+from fastchat.models.interface import SamplingDefaults
+from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
+from fastchat.worker.health import EngineHealth
+from fastchat.worker.loaded_model import open_models
+from tests.processes import free_port
+from tests.worker.conftest import ENGINE, TOKEN, serving, wait_until, worker_config
+
+CHAT = {"model": "qwen", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+@contextmanager
+def registered_worker(thread, checkpoints):
+    """A worker and the controller that knows it."""
+    app = create_controller_app(ControllerConfig(cluster_token=TOKEN))
+    controller = app.state.controller
+    port = free_port()
+    with thread.serve(app, on_stop=controller.stop) as url:
+        config = worker_config(checkpoints, address=f"http://127.0.0.1:{port}", controller_address=url)
+        with serving(thread, config, port=port) as worker:
+            wait_until(lambda: controller.table.snapshot().workers)
+            yield worker, controller
+
+
+def test_final_records_reach_the_controller(thread, checkpoints):
+    """One for each request, exact for every way to end; all models are registered under all their names."""
+    with registered_worker(thread, checkpoints) as (worker, controller):
+        (entry,) = controller.table.snapshot().workers
+        assert [model.name for model in entry.models] == ["chatglm2-6b", "vicuna-7b-v1.3", "qwen"]
+        assert entry.models[0].max_context == 512
+        headers = {"x-fastchat-tenant": "t"}
+        body = {**CHAT, "max_tokens": 4, "ignore_eos": True}
+        usage = worker.post("/v1/chat/completions", body, **headers).json()["usage"]
+        request = worker.client.build_request(
+            "POST", "/v1/chat/completions", json={**body, "max_tokens": 300, "stream": True}, headers=headers
+        )
+        response = worker.client.send(request, stream=True)
+        lines = (line for line in response.iter_lines() if line.startswith("data: "))
+        assert [next(lines)[:6] for _ in range(3)] == ["data: "] * 3  # the role, and two events with tokens
+        response.close()
+        worker.wait_until_empty()
+        worker.post("/v1/embeddings", {"model": "qwen", "input": "Hello"}, **headers)
+        wait_until(lambda: any(total.num_requests == 3 for total in controller.ledger.totals()))
+        (total,) = controller.ledger.totals()
+        assert (total.model, total.tenant, total.num_aborted, total.num_failed) == ("qwen", "t", 1, 0)
+        assert total.num_prompt_tokens > 2 * usage["prompt_tokens"]
+        assert 4 + 2 <= total.num_generated_tokens < 4 + 300
+
+
+def test_draining_worker_refuses_new_requests_and_says_goodbye(thread, checkpoints):
+    """503 with Retry-After, /health too; the controller's table says draining at once."""
+    with registered_worker(thread, checkpoints) as (worker, controller):
+        thread.run(worker.runtime.drain())
+        answer = worker.post("/v1/chat/completions", CHAT)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+        assert answer.headers["retry-after"]
+        assert worker.get("/health").status_code == 503
+        assert worker.get("/livez").status_code == 200
+        wait_until(lambda: controller.table.snapshot().workers[0].state == "draining")
+
+
+def test_engine_in_a_process_answers_like_one_in_a_thread(thread, checkpoints, worker):
+    """The same ids for greedy, seeded and embedding requests; and its death is seen in /health and in answers."""
+    spec = EngineSpec(device="cpu", dtype="float32", engine_place="process", kv_cache_bytes=32 * 2**20)
+    models = (ModelSpec(checkpoints["qwen"], ("qwen",)),)
+    with serving(thread, worker_config(checkpoints, models=models, engine=spec)) as other:
+        for options in ({"temperature": 0}, {"temperature": 1.3, "seed": 4, "n": 2}, {"stop": "e", "seed": 1}):
+            body = {**CHAT, "max_tokens": 16, "return_token_ids": True, **options}
+            here, there = (each.post("/v1/chat/completions", body).json() for each in (worker, other))
+            assert here["choices"] == there["choices"]
+        vectors = [
+            each.post("/v1/embeddings", {"model": "qwen", "input": "Hi"}).json()["data"] for each in (worker, other)
+        ]
+        assert vectors[0][0]["embedding"] == pytest.approx(vectors[1][0]["embedding"], abs=1e-6)
+        other.wait_until_empty()
+        engine = other.runtime.models.find("qwen").engine
+        engine._process.kill()
+        wait_until(lambda: not engine.is_alive)
+        assert other.get("/health").status_code == 503
+        answer = other.post("/v1/chat/completions", CHAT)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+
+
+def test_seed_truncation_and_deadline(thread, checkpoints):
+    """`--seed`: the same answer again; `--embed-in-truncate`: long inputs are cut; a deadline that passed is a 503."""
+    models = (ModelSpec(checkpoints["qwen"], ("qwen",)),)
+    config = worker_config(checkpoints, models=models, default_seed=5, truncates_embedding_input=True)
+    with serving(thread, config) as worker:
+        body = {**CHAT, "temperature": 1.5, "max_tokens": 20}
+        late = worker.post("/v1/embeddings", {"model": "qwen", "input": "x"}, **{"x-fastchat-deadline": "0"})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "deadline_exceeded")
+        first, second = (worker.post("/v1/chat/completions", body).json()["choices"] for _ in range(2))
+        assert first == second
+        answer = worker.post("/v1/embeddings", {"model": "qwen", "input": "word " * 2000}).json()
+        assert answer["usage"]["prompt_tokens"] == 512
+
+
+class StillEngine(EngineClient):
+    """Implements `EngineClient`: has whatever condition a test gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self._failure = None
+
+    def show(self, **stats):
+        self._deliver([], EngineStats(**stats))
+
+    def die(self):
+        self._fail(EngineError("dead"))
+
+    async def start(self):
+        """Nothing to start."""
+
+    async def close(self):
+        """Nothing to close."""
+
+    def _send(self, request):
+        """Never answers."""
+
+    def _send_abort(self, sequence_id):
+        """Never answers."""
+
+
+def still_model(engine):
+    return ServedModel((), None, None, engine, 1, SamplingDefaults(), 0)
+
+
+def test_first_step_that_hangs_is_seen():
+    """An engine reports what runs after a step only: what was submitted counts before."""
+    now = 0.0
+    model = still_model(StillEngine())
+    health = EngineHealth([model], lambda: now, hang_after_s=30)
+    now = 100.0
+    assert health.problem() is None
+    with model.sequences.counted(2):
+        assert health.load() == Load(num_waiting=2)
+        now = 131.0
+        assert health.problem() == "an engine hangs"
+    assert health.problem() is None
+
+
+def test_hanging_engine_is_seen_beside_a_busy_one():
+    """No progress with work pending is a hang, whatever the other engines do; without work it is rest."""
+    now = 0.0
+    busy, still = StillEngine(), StillEngine()
+    health = EngineHealth([still_model(busy), still_model(still)], lambda: now, hang_after_s=30)
+    for second in range(40):
+        now = float(second)
+        busy.show(progress=second, num_running=1)
+        still.show(progress=7)
+        assert health.load() == Load(progress=second + 7, num_running=1)
+    still.show(progress=8, num_waiting=1, num_queued_tokens=5)
+    assert health.problem() is None
+    now += 29
+    busy.show(progress=41, num_running=1)
+    assert health.load().progress == 49
+    now += 2
+    busy.show(progress=42, num_running=1)
+    assert health.problem() == "an engine hangs"
+    assert health.load() == Load(progress=49, num_running=1, num_waiting=1, num_queued_tokens=5)
+    still.show(progress=9, num_waiting=1)
+    assert health.problem() is None
+    still.die()
+    assert health.problem() == "an engine died"
+
+
+def test_bad_models_are_told_before_any_weight_is_read(checkpoints, tmp_path):
+    """One line each: a folder that is not there, a name that is there twice, a format that does not exist."""
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_models(worker_config(checkpoints, models=(ModelSpec(tmp_path / "none"),)))
+    with pytest.raises(ConfigError, match="'qwen'"):
+        open_models(worker_config(checkpoints, models=(ModelSpec(checkpoints["qwen"]),) * 2))
+    with pytest.raises(ConfigError, match="no-such-format"):
+        open_models(worker_config(checkpoints, models=(ModelSpec(checkpoints["qwen"], (), "no-such-format"),)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"models": ()}, {"cluster_token": ""}, {"stream_interval": 0}, {"default_seed": 2**63}], ids=str
+)
+def test_config_is_checked_where_it_is_made(checkpoints, options):
+    """A worker that cannot be is refused before it begins."""
+    with pytest.raises(ConfigError):
+        worker_config(checkpoints, **options)
+    with pytest.raises(ConfigError):
+        EngineSpec(max_context=0)
+    with pytest.raises(ConfigError):
+        ModelSpec(checkpoints["qwen"], ("a", ""))
+
+
+def test_token_stays_out_of_the_configs_repr(checkpoints):
+    """What is logged by mistake shows no secret."""
+    config = WorkerConfig((ModelSpec(checkpoints["qwen"]),), "http://127.0.0.1:1", TOKEN, engine=ENGINE)
+    assert TOKEN not in repr(config)
