@@ -85,8 +85,9 @@ async def ask_asynchronously() -> None:
         helper = getattr(asynchronous.chat.completions, "stream", None)  # openai 1.x has it under `beta`
         if helper is not None:
             async with helper(messages=messages, **greedy) as stream:
-                final = await stream.get_final_completion()
-            assert final.choices[0].message.content == whole
+                deltas = [event.delta async for event in stream if event.type == "content.delta"]
+                final = stream.current_completion_snapshot
+            assert "".join(deltas) == final.choices[0].message.content == whole
             assert final.choices[0].message.role == "assistant"
 
 

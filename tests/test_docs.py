@@ -8,8 +8,7 @@ import pytest
 from scripts.write_module_list import DOCUMENT, ROOT, updated
 from tests.processes import run_command
 
-README, README_ZH = ROOT / "README.md", ROOT / "README.zh-CN.md"
-DOCUMENTS = [README, README_ZH, *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def code_blocks(path: Path) -> list[str]:
@@ -25,10 +24,13 @@ def test_architecture_lists_every_module():
     assert DOCUMENT.read_text() == updated(DOCUMENT.read_text())
 
 
-def test_both_readmes_have_the_same_commands():
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_both_languages_have_the_same_commands(name):
     """What can be copied is the same in both languages, comments aside."""
-    assert [without_comments(block) for block in code_blocks(README)] == [
-        without_comments(block) for block in code_blocks(README_ZH)
+    english, chinese = ROOT / name, ROOT / name.replace(".md", ".zh-CN.md")
+    assert code_blocks(english)
+    assert [without_comments(block) for block in code_blocks(english)] == [
+        without_comments(block) for block in code_blocks(chinese)
     ]
 
 
@@ -40,9 +42,10 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
-def test_readme_commands_name_real_modules_and_flags(tmp_path):
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_commands_name_real_modules_and_flags(tmp_path, name):
     """Every `python3 -m fastchat.serve.X` exists, and so does every flag given to it."""
-    commands = re.findall(r"python3 -m fastchat\.serve\.(\w+)((?:[^\n]|\\\n)*)", README.read_text())
+    commands = re.findall(r"python3 -m fastchat\.serve\.(\w+)((?:[^\n]|\\\n)*)", (ROOT / name).read_text())
     assert commands
     for module, flags in commands:
         shown = run_command(module, "--help", state_dir=tmp_path).stdout

@@ -1,0 +1,150 @@
+"""`fastchat models inspect PATH`: says what a folder is and what loading it will take, without loading it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.inspection import DTYPE_BYTES, Inspection, inspect_checkpoint
+from fastchat.ops.logs import configure_logging
+from fastchat.serve.arguments import create_parser, run_command
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+def create_models_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = create_parser("models_command", "What can be said of a model before it is loaded.")
+    parser.prog = "fastchat models"
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    inspect = actions.add_parser(
+        "inspect",
+        help="say what a folder is and what loading it will take",
+        description="Reads the small files of a checkpoint and the headers of its weights. Exit code 2: the folder "
+        "cannot be loaded, for the reason in the last line.",
+    )
+    inspect.add_argument("path", type=Path, metavar="PATH", help="the folder of a checkpoint")
+    inspect.add_argument(
+        "--conv-template",
+        metavar="NAME",
+        help="look at it with this prompt format, by name or as a .json file (default: the checkpoint's own)",
+    )
+    inspect.add_argument("--json", action="store_true", help="write JSON, sizes in bytes (default: for reading)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Inspect; returns the exit code. Raises `CheckpointError` or `ConfigError` for a folder that cannot be loaded."""
+    arguments = create_models_parser().parse_args(argv)
+    configure_logging("models", level="ERROR")
+    inspection = inspect_checkpoint(Checkpoint.open(arguments.path), conv_template=arguments.conv_template)
+    if arguments.json:
+        sys.stdout.write(json.dumps(as_json(inspection), ensure_ascii=False, indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(as_lines(inspection)) + "\n")
+    return 0
+
+
+def as_json(inspection: Inspection) -> dict[str, Any]:  # Any: JSON
+    """The facts for a program; sizes in bytes, lengths in tokens."""
+    checkpoint, weights, prompt = inspection.checkpoint, inspection.weights, inspection.prompt_format
+    context = checkpoint.max_context
+    return {
+        "path": str(checkpoint.path),
+        "name": checkpoint.name,
+        "family": checkpoint.family.name,
+        "model_class": checkpoint.family.model_class,
+        "max_context": context,
+        "vocab_size": checkpoint.vocab_size,
+        "num_parameters": weights.num_parameters,
+        "weights": {
+            "layout": weights.layout,
+            "num_shards": weights.num_shards,
+            "num_file_bytes": weights.num_file_bytes,
+            "dtypes": list(weights.dtypes),
+            "declared_dtype": inspection.declared_dtype,
+        },
+        "prompt_format": {
+            "name": prompt.name,
+            "source": prompt.source,
+            "roles": list(prompt.roles),
+            "example": prompt.example,
+            "stop_strings": list(prompt.stop_strings),
+            "stop_tokens": {str(token_id): text for token_id, text in prompt.stop_tokens.items()},
+        },
+        "sampling_defaults": asdict(inspection.sampling_defaults),
+        "memory": {
+            dtype: {
+                "weights": inspection.weight_bytes(dtype),
+                "kv_cache_per_token": inspection.cache_bytes(dtype, 1),
+                "kv_cache_full_context": inspection.cache_bytes(dtype, context),
+            }
+            for dtype in DTYPE_BYTES
+        },
+    }
+
+
+def as_lines(inspection: Inspection) -> Iterator[str]:
+    """The facts for a person."""
+    checkpoint, weights, prompt = inspection.checkpoint, inspection.weights, inspection.prompt_format
+    shards = "1 file" if weights.num_shards == 1 else f"{weights.num_shards} shards"
+    yield _row("model", f"{checkpoint.name} in {checkpoint.path}")
+    yield _row("family", f"{checkpoint.family.name} (computed by transformers' {checkpoint.family.model_class})")
+    yield _row("parameters", f"{weights.num_parameters:,} in {', '.join(weights.dtypes)}")
+    yield _row("weights", f"{size_text(weights.num_file_bytes)} in {shards} ({weights.layout})")
+    yield _row("context", f"{checkpoint.max_context:,} tokens, prompt and answer together")
+    yield _row("prompt format", f"{prompt.name} (from {prompt.source})")
+    if prompt.example is None:
+        yield _row("", "chat is refused without one; choose it with --conv-template. Completions work.")
+    else:
+        yield _row("", f"{json.dumps(prompt.example, ensure_ascii=False)}")
+        yield _row("", f"labels {prompt.roles[0]} and {prompt.roles[1]}")
+    stops = [f"{text or 'no text'} ({token_id})" for token_id, text in prompt.stop_tokens.items()]
+    yield _row("ends of answers", ", ".join([*stops, *map(repr, prompt.stop_strings)]) or "none known")
+    yield _row("sampling", ", ".join(f"{name} {value}" for name, value in asdict(inspection.sampling_defaults).items()))
+    yield _row("loading takes", "")
+    for dtype in DTYPE_BYTES:
+        yield _row(f"  {dtype}", _memory_text(inspection, dtype))
+    yield _row(
+        "  --dtype auto", f"{_auto_dtype(inspection)} on a GPU; on a CPU bfloat16 if it computes that, else float32"
+    )
+
+
+def size_text(num_bytes: int) -> str:
+    """A size for reading, to three digits or so."""
+    size = float(num_bytes)
+    for unit in _UNITS:
+        if size < 1024 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    return f"{num_bytes:,} bytes" if unit == "bytes" else f"{size:.2f} {unit}"
+
+
+def _memory_text(inspection: Inspection, dtype: str) -> str:
+    context = inspection.checkpoint.max_context
+    per_token, full = inspection.cache_bytes(dtype, 1), inspection.cache_bytes(dtype, context)
+    weights = f"{size_text(inspection.weight_bytes(dtype))} for the weights"
+    if per_token is None or full is None:
+        return f"{weights}; the KV cache is known once it is loaded"
+    return f"{weights}, {per_token:,} bytes of KV cache per token, {size_text(full)} for a full context"
+
+
+def _auto_dtype(inspection: Inspection) -> str:
+    declared = inspection.declared_dtype
+    if declared in DTYPE_BYTES:
+        return str(declared)
+    return inspection.weights.dtypes[0] if inspection.weights.dtypes[0] in DTYPE_BYTES else "float32"
+
+
+def _row(label: str, text: str) -> str:
+    return f"{label:<17} {text}".rstrip()
+
+
+if __name__ == "__main__":
+    run_command(main)

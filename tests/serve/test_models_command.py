@@ -1,0 +1,115 @@
+"""`fastchat models inspect`: true figures, the loader's own refusals, without torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastchat.errors import CheckpointError
+from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.inspection import inspect_checkpoint
+from fastchat.models.weights import load_model
+from fastchat.serve.arguments import exit_code_of
+from fastchat.serve.models_command import main, size_text
+from tests.checkpoints import FAMILIES, write_checkpoint
+from tests.processes import ROOT, process_environment
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_those_of_the_loaded_model(tmp_path, family, layout):
+    """Parameters from headers alone, with the types that are in them; the cache as transformers' config has it."""
+    folder = write_checkpoint(tmp_path / family, family, layout=layout, dtype=torch.bfloat16, num_shards=2)
+    inspection = inspect_checkpoint(Checkpoint.open(folder))
+    model = load_model(Checkpoint.open(folder), dtype="float32", on_progress=lambda *_: None)
+    assert inspection.weights.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert inspection.weights.dtypes == ("bfloat16",)
+    assert inspection.weights.num_shards == 2
+    config = model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size
+    assert inspection.cache_bytes("float16", 10) == values * 2 * 10
+
+
+def test_json_has_what_a_program_asks(model_folder, capsys):
+    assert main(["inspect", str(model_folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["name"], facts["family"], facts["max_context"]) == ("chatglm2-6b", "chatglm", 3072)
+    assert facts["prompt_format"]["name"] == "chatglm2"
+    assert facts["prompt_format"]["roles"] == ["问", "答"]
+    assert "[Round 1]" in facts["prompt_format"]["example"]
+    assert facts["prompt_format"]["stop_tokens"] == {"2": "</s>"}
+    assert facts["weights"]["layout"] == "bin"
+    assert facts["sampling_defaults"]["temperature"] == 0.7
+    memory = facts["memory"]["float32"]
+    assert memory["weights"] == 4 * facts["num_parameters"]
+    assert memory["kv_cache_full_context"] == 3072 * memory["kv_cache_per_token"]
+
+
+def test_person_reads_the_same_without_torch(model_folder):
+    """A fresh process: quick, and nothing heavy is imported."""
+    program = (
+        "import sys; from fastchat.serve.models_command import main; code = main(sys.argv[1:]); "
+        "print('torch' in sys.modules, 'transformers' in sys.modules, code)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "inspect", str(model_folder)],
+        cwd=ROOT,
+        env=process_environment(),
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    *_, last = result.stdout.splitlines()
+    assert last == "False False 0"
+    assert "chatglm2 (from _name_or_path in config.json" in result.stdout
+    assert "3,072 tokens" in result.stdout
+    assert "bytes of KV cache per token" in result.stdout
+
+
+def break_config(folder):
+    (folder / "config.json").unlink()
+
+
+def quantize(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_bit": 4}))
+
+
+def cut_shard(folder):
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def lose_shard(folder):
+    sorted(folder.glob("*.safetensors"))[0].unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (break_config, "no config.json"),
+        (quantize, "quantized"),
+        (cut_shard, "truncated"),
+        (lose_shard, "missing"),
+        (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer"),
+    ],
+)
+def test_folder_that_cannot_be_loaded_is_exit_code_2_with_one_line(tmp_path, capsys, damage, reason):
+    """The words of the loader."""
+    folder = write_checkpoint(tmp_path / "chatglm2-6b", "chatglm2")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=reason) as error:
+        main(["inspect", str(folder)])
+    assert exit_code_of(error.value) == 2
+    assert "\n" not in error.value.message
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 bytes"), (1023, "1,023 bytes"), (12487168064, "11.63 GiB"), (2**20, "1.00 MiB")]
+)
+def test_sizes_are_for_reading(num_bytes, text):
+    assert size_text(num_bytes) == text
