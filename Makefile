@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv serve test check format test-clients bench clean
+.PHONY: venv serve test check format test-clients clean
 
 venv: $(VENV)/.ready
 
@@ -12,6 +12,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+serve: venv
+	$(BIN)/fastchat serve
 
 test: venv
 	$(BIN)/python -m pytest

@@ -133,7 +133,7 @@ def load_backend_tokenizer(checkpoint: Checkpoint, definition: str, eos_token_id
         )
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{checkpoint.path / 'tokenizer.json'}: {error.message}") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{checkpoint.path / 'tokenizer.json'}: cannot be read ({error}); download it again"
         ) from error

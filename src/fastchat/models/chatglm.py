@@ -86,8 +86,10 @@ def check_config(config: Config) -> None:
             raise UnsupportedModelError(
                 f"config.json: {option} is {config[option]!r}, but only {supported} runs here for chatglm"
             )
-    for name in CONFIG_NAMES:
+    for name in (*CONFIG_NAMES, "rope_ratio"):
         value = config.get(name)
+        if name == "rope_ratio" and value is None:
+            continue
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
             raise UnsupportedModelError(f"config.json: {name} must be a positive number, not {value!r}")
 
@@ -98,9 +100,7 @@ def map_config(config: Config, format_name: str | None) -> dict[str, Any]:  # An
     mapped["attention_bias"] = bool(config.get("add_qkv_bias", False))
     mapped["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
     mapped["rope_parameters"] = _rope_parameters(float(config.get("rope_ratio") or 1.0), format_name)
-    for name in ("eos_token_id", "pad_token_id", "bos_token_id", "torch_dtype", "dtype"):
-        if config.get(name) is not None:
-            mapped[name] = config[name]
+    mapped["pad_token_id"] = None  # the class's own default lies outside of this vocabulary
     return mapped
 
 

@@ -7,6 +7,7 @@ follows `auto_map` to code, which nothing here does.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,9 @@ from typing import Any
 
 from fastchat.errors import CheckpointError
 from fastchat.models.families import Family, find_family, rope_options, rope_type
+
+MAX_STRETCHED = 1e9
+"""Nothing that a rotary embedding counts is larger."""
 
 CONTEXT_KEYS = ("seq_length", "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions")
 
@@ -108,14 +112,21 @@ class Checkpoint:
 
     def _stretched(self, num_positions: int) -> int:
         """`linear` and `yarn` say by how much they stretch; the other kinds count it in already."""
-        options = rope_options(self.config)
-        factor = options.get("factor", 1.0)
         if rope_type(self.config) == "linear":
-            return int(num_positions * factor)
+            return int(num_positions * self._rope_number("factor", 1.0))
         if rope_type(self.config) == "yarn":
-            original = options.get("original_max_position_embeddings") or num_positions
-            return max(num_positions, int(original * factor))
+            original = self._rope_number("original_max_position_embeddings", num_positions)
+            return max(num_positions, int(original * self._rope_number("factor", 1.0)))
         return num_positions
+
+    def _rope_number(self, name: str, default: float) -> float:
+        value = rope_options(self.config).get(name) or default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_STRETCHED:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: {name} of the rotary embedding is {value!r}, not a positive number; "
+                "download the file again"
+            )
+        return value
 
 
 def read_json_file(file: Path) -> Mapping[str, Any] | None:  # Any: JSON as it is on disk
@@ -123,11 +134,19 @@ def read_json_file(file: Path) -> Mapping[str, Any] | None:  # Any: JSON as it i
     if not file.is_file():
         return None
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes(), parse_constant=_finite, parse_float=_finite)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: holds no JSON object; download it again")
+    return value
+
+
+def _finite(text: str) -> float:
+    """JSON knows neither NaN nor Infinity, though Python's reader does; as a size or a factor either would spread."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a number")
     return value
 
 

@@ -18,6 +18,51 @@ Config = Mapping[str, Any]  # Any: config.json as it is on disk
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Kinds of rotary embedding whose angles depend on the position alone, never on the rest of the batch."""
 
+MAX_SIZES: Mapping[str, int] = {
+    "vocab_size": 2**22,
+    "padded_vocab_size": 2**22,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "ffn_hidden_size": 2**20,
+    "num_hidden_layers": 2**10,
+    "num_layers": 2**10,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "multi_query_group_num": 2**14,
+    "head_dim": 2**14,
+    "kv_channels": 2**14,
+}
+"""Far above every model there is. A larger number is a damaged file, and would take all memory before it is noticed."""
+
+NATIVE_OPTIONS = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "partial_rotary_factor",
+        "attention_bias",
+        "mlp_bias",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "tie_word_embeddings",
+    }
+)
+"""What a config.json may say to transformers: the maths. The other keys are for training, or choose code to be run:
+`auto_map` names remote code, and `attn_implementation` a kernel that transformers would download."""
+
 QUANTIZED_REMEDY = "use the original float16 or bfloat16 weights"
 
 
@@ -44,6 +89,7 @@ def find_family(config: Config) -> Family:
         raise UnsupportedModelError(
             f"config.json: the architecture {model_type!r} does not run here; families that do: {', '.join(FAMILIES)}"
         )
+    _refuse_absurd_sizes(config)
     _refuse_quantized(config)
     _refuse_moving_angles(config)
     family.check_config(config)
@@ -60,6 +106,15 @@ def rope_type(config: Config) -> str:
     """The kind of rotary embedding: `default`, `linear`, `yarn`, ..."""
     options = rope_options(config)
     return str(options.get("rope_type") or options.get("type") or "default")
+
+
+def _refuse_absurd_sizes(config: Config) -> None:
+    for name, limit in MAX_SIZES.items():
+        value = config.get(name)
+        if isinstance(value, int | float) and value > limit:
+            raise UnsupportedModelError(
+                f"config.json: {name} is {value}, above {limit}, which no model has; download the file again"
+            )
 
 
 def _refuse_quantized(config: Config) -> None:
@@ -87,8 +142,9 @@ def _accept_config(_config: Config) -> None:
 
 
 def _same_config(config: Config, _format_name: str | None) -> dict[str, Any]:  # Any: values of a JSON file
-    """The file is the configuration; keys that point at remote code are left out."""
-    return {key: value for key, value in config.items() if key not in ("auto_map", "custom_pipelines")}
+    """The file is the configuration, as far as it says what to compute."""
+    options = {key: value for key, value in config.items() if key in NATIVE_OPTIONS}
+    return options | {"pad_token_id": None}  # a class's own default may lie outside of this vocabulary
 
 
 def _same_name(name: str) -> tuple[str, ...]:

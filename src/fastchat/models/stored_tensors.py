@@ -63,7 +63,7 @@ def read_stored_tensors(file_format: Literal["safetensors", "bin"], file: Path) 
     """The tensors of a file that `find_weight_files` has checked. Raises `CheckpointError`."""
     try:
         return list(_read_safetensors(file) if file_format == "safetensors" else _read_bin(file))
-    except (ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{file}: its header cannot be read ({error}); download this file again") from None
 
 

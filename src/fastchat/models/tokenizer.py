@@ -45,7 +45,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> TemplateTokenizer:
     try:
         added: list[Mapping[str, Any]] = json.loads(definition).get("added_tokens") or []  # Any: a JSON file
         ids_by_name = {entry["content"]: int(entry["id"]) for entry in added}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{checkpoint.path / 'tokenizer.json'}: cannot be read ({error}); download it again"
         ) from error

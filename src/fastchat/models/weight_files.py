@@ -12,6 +12,7 @@ short is known by its size. A `.bin` file is a zip archive, whose directory is a
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def _read_header(file: Path) -> tuple[Mapping[str, Any], int]:  # Any: JSON as i
             header = json.loads(stream.read(num_header_bytes))
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
             num_data_bytes = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
             raise _truncated(file, "its header cannot be read") from None
     return header, 8 + num_header_bytes + num_data_bytes
 
@@ -132,9 +133,15 @@ def _check_bin(shard: Shard) -> Shard:
         )
     try:
         with zipfile.ZipFile(shard.path) as archive:
-            archive.infolist()
-    except zipfile.BadZipFile:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
         raise _truncated(shard.path, f"{shard.path.stat().st_size} bytes without the end of a zip archive") from None
+    for member in members:
+        # torch never compresses, so what unpacks to more than the file was made to fill the memory.
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > shard.path.stat().st_size:
+            raise _truncated(shard.path, f"{member.filename[:100]!r} in it is compressed, which torch never does")
+        if member.filename.endswith("data.pkl") and member.file_size > MAX_HEADER_BYTES:
+            raise _truncated(shard.path, f"its list of tensors has {member.file_size} bytes")
     return shard
 
 

@@ -56,7 +56,10 @@ def load_model(
     files = find_weight_files(checkpoint.path)
     first = files.shards[0]
     with open_shard(files, first) as reader:
-        stored_dtype = reader.read(reader.names()[0]).dtype
+        names = reader.names()
+        if not names:
+            raise CheckpointError(f"{first.path}: holds no tensors; download it again")
+        stored_dtype = reader.read(names[0]).dtype
     chosen = choose_dtype(dtype, device=device, config=checkpoint.config, stored=stored_dtype)
     module = build_empty_module(checkpoint)
     filler = _Filler(checkpoint, module, torch.device(device), chosen)
@@ -216,6 +219,11 @@ class _Filler:
             raise CheckpointError(
                 f"{file}: {name} has the shape {_shape(source.shape)}, but config.json asks for {_shape(expected)}; "
                 "config and weights are of different models, download them again"
+            )
+        if not self._filled.isdisjoint(targets):
+            raise CheckpointError(
+                f"{file}: {name} is in another weight file as well; the files are of different downloads, download "
+                "them again"
             )
         start = 0
         for target, shape in zip(targets, shapes, strict=True):

@@ -1,0 +1,294 @@
+"""`fastchat serve`: controller, API server and workers in one go, kept running until Ctrl-C.
+
+One worker process for each model: when one dies the others answer on. A process costs about 0.3 GB of memory beside its
+model; what they share, free memory for the KV cache, is divided because workers load one after the other and each is
+told what is still to come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+import fastchat
+from fastchat.cluster.watcher import TableWatcher
+from fastchat.config import internal_url, parse_port, read_environment
+from fastchat.errors import ConfigError, UnavailableError
+from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.weight_files import find_weight_files
+from fastchat.ops.logs import configure_logging
+from fastchat.serve import controller, openai_api_server, worker_arguments
+from fastchat.serve.arguments import (
+    add_address_flags,
+    add_security_flags,
+    cluster_token,
+    create_parser,
+    flag_type,
+    run_command,
+    tls_files,
+)
+from fastchat.serve.http_server import bind_listeners
+from fastchat.serve.multi_model_worker import model_specs
+from fastchat.supervisor.front_door import wait_until_listed
+from fastchat.supervisor.service_manager import READY, STOPPING, tell_service_manager
+from fastchat.supervisor.supervisor import Outcome, ProcessSpec, Supervisor
+from fastchat.supervisor.worker_watch import WorkerWatch
+
+DEMO_MODEL = Path(fastchat.__file__).parent / "models" / "demo" / "chatglm2-demo"
+INTERNAL_HOST = "localhost"
+"""Only the API server is for others."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedFolder:
+    """One model to serve: the worker's part of the plan. Sizes are in bytes."""
+
+    path: Path
+    names: tuple[str, ...]
+    conv_template: str | None
+    num_weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where everything listens, for as long as the command runs; `workers` are in the order of the models."""
+
+    api: int
+    controller: int
+    workers: tuple[int, ...]
+
+
+def create_serve_parser() -> argparse.ArgumentParser:
+    """The command's flags: its own, and those of the processes that it starts."""
+    parser = create_parser(
+        "launch",
+        "Start everything: controller, API server and a worker for each model; what dies is started again.",
+        epilog="Listens on this machine only; --host 0.0.0.0 opens the API server to others, and --api-keys decides to "
+        "whom. Controller and workers stay on this machine. Without --model-path a tiny demo model is served.",
+    )
+    parser.prog = "fastchat serve"
+    worker_arguments.add_model_flags(parser, is_repeatable=True, default_model="the tiny demo model")
+    add_address_flags(parser, port=openai_api_server.DEFAULT_PORT)
+    for what, default, note in (
+        ("controller", controller.DEFAULT_PORT, ""),
+        ("worker", worker_arguments.DEFAULT_PORT, "; further workers take the ports after it"),
+    ):
+        parser.add_argument(
+            f"--{what}-port",
+            type=flag_type(parse_port),
+            default=default,
+            metavar="PORT",
+            help=f"port of the {what}, 0 for any free one{note} (default: {default})",
+        )
+    openai_api_server.add_access_flags(parser)
+    worker_arguments.add_serving_flags(parser)
+    add_security_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal ends it; returns the exit code."""
+    arguments = create_serve_parser().parse_args(argv)
+    configure_logging("serve", level=worker_arguments.log_level(arguments))
+    worker_arguments.obey_early_flags(arguments)
+    environment = read_environment()
+    tls_files(arguments, environment)
+    token = cluster_token(arguments, environment)
+    folders = _served_folders(arguments)
+    ports = _choose_ports(arguments, len(folders))
+    outcome = asyncio.run(_supervise(arguments, folders, ports, token))
+    if outcome.error is not None:
+        sys.stderr.write(f"error: {outcome.error}\n")
+    return outcome.exit_code
+
+
+async def _supervise(
+    arguments: argparse.Namespace, folders: Sequence[ServedFolder], ports: Ports, token: str
+) -> Outcome:
+    specs = process_specs(arguments, folders, ports)
+
+    async def announce_and_watch(names: Sequence[str]) -> None:
+        api_url = internal_url(arguments.host, ports.api, tls=arguments.ssl)
+        keys = arguments.api_keys
+        await wait_until_listed(api_url, names, api_key=keys[0] if keys else None)
+        sys.stdout.write(ready_block(api_url, names, has_keys=bool(keys)))
+        sys.stdout.flush()
+        tell_service_manager(READY)
+        watcher = TableWatcher(controller_address=_internal(ports.controller), token=token)
+        workers = [spec.name for spec in specs if spec.is_worker]
+        names_by_address = {_internal(port): name for port, name in zip(ports.workers, workers, strict=True)}
+        async with watcher.keep_open():
+            await WorkerWatch(names_by_address, supervisor.replace).follow(watcher)
+
+    supervisor = Supervisor(specs, on_ready=announce_and_watch)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored by `nohup`: then it stays ignored
+            loop.add_signal_handler(number, partial(_stop, supervisor))
+    return await supervisor.run()
+
+
+def _stop(supervisor: Supervisor) -> None:
+    tell_service_manager(STOPPING)
+    supervisor.stop()
+
+
+def process_specs(
+    arguments: argparse.Namespace, folders: Sequence[ServedFolder], ports: Ports
+) -> tuple[ProcessSpec, ...]:
+    """What runs. Stopped in this order: the API server finishes what it relays, then workers, then who knows them."""
+    security = ["--cluster-token-file", str(arguments.cluster_token_file)] if arguments.cluster_token_file else []
+    controller_flags = ["--host", INTERNAL_HOST, "--port", str(ports.controller), *security]
+    to_controller = ["--controller-address", _internal(ports.controller), *security]
+    api_flags = ["--host", arguments.host, "--port", str(ports.api), *to_controller, *_access_flags(arguments)]
+    worker_flags = [*to_controller, *serving_flags(arguments)]
+
+    def worker_command(folder: ServedFolder, port: int, later: Sequence[ProcessSpec]) -> list[str]:
+        sharing = [
+            *("--later-models", str(len(later))),
+            *("--later-weights", str(sum(spec.num_weight_bytes for spec in later))),
+        ]
+        address = ["--host", INTERNAL_HOST, "--port", str(port)]
+        return _command("model_worker", [*_model_flags(folder), *address, *sharing, *worker_flags])
+
+    workers = (
+        ProcessSpec(
+            name=f"worker of {','.join(folder.names)}",
+            command=partial(worker_command, folder, port),
+            stop_rank=1,
+            model_names=folder.names,
+            num_weight_bytes=folder.num_weight_bytes,
+        )
+        for folder, port in zip(folders, ports.workers, strict=True)
+    )
+    return (
+        ProcessSpec("controller", lambda _: _command("controller", controller_flags), stop_rank=2),
+        ProcessSpec("API server", lambda _: _command("openai_api_server", api_flags), stop_rank=0),
+        *workers,
+    )
+
+
+def serving_flags(arguments: argparse.Namespace) -> list[str]:
+    """The flags of `worker_arguments.add_serving_flags` that are not at their defaults, for a worker's command line."""
+    probe = argparse.ArgumentParser(add_help=False)
+    worker_arguments.add_serving_flags(probe)
+    flags: list[str] = []
+    for name, default in vars(probe.parse_args([])).items():
+        value = getattr(arguments, name)
+        if value != default:
+            flag = f"--{name.replace('_', '-')}"
+            flags += [flag] if value is True else [f"{flag}={value}"]
+    return flags
+
+
+def ready_block(api_url: str, names: Sequence[str], *, has_keys: bool) -> str:
+    """What is said once, when everything answers."""
+    key = "'<one of your --api-keys>'" if has_keys else "EMPTY"
+    header = '-H "Authorization: Bearer $OPENAI_API_KEY" ' if has_keys else ""
+    body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello! What is your name?"}]})
+    quoted = body.replace("'", "'\\''")
+    return f"""
+Ready.
+
+  API     {api_url}/v1
+  health  {api_url}/health
+  models  {", ".join(names)}
+
+  export OPENAI_BASE_URL={api_url}/v1
+  export OPENAI_API_KEY={key}
+
+  curl {api_url}/v1/chat/completions {header}-H 'Content-Type: application/json' \\
+    -d '{quoted}'
+
+Ctrl-C stops everything.
+"""
+
+
+def _served_folders(arguments: argparse.Namespace) -> list[ServedFolder]:
+    """The models, looked at from outside: what can be told without torch is told before anything is started."""
+    if not arguments.model_path:
+        _use_demo(arguments)
+    folders = []
+    for spec in model_specs(arguments):
+        checkpoint = Checkpoint.open(spec.path)
+        shards = find_weight_files(checkpoint.path).shards
+        num_bytes = sum(shard.path.stat().st_size for shard in shards)
+        folders.append(ServedFolder(checkpoint.path, spec.names or (checkpoint.name,), spec.conv_template, num_bytes))
+    names = [name for folder in folders for name in folder.names]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
+    return folders
+
+
+def _use_demo(arguments: argparse.Namespace) -> None:
+    if not (DEMO_MODEL / "config.json").is_file():
+        raise ConfigError(f"{DEMO_MODEL}: the demo model is not in this installation; give --model-path FOLDER.")
+    _log.info("no model was given: serving the tiny demo; serve a real one with --model-path FOLDER")
+    arguments.model_path = [DEMO_MODEL]
+
+
+def _choose_ports(arguments: argparse.Namespace, num_workers: int) -> Ports:
+    """The ports asked for, and free ones where any will do. Raises `UnavailableError` for one that is in use."""
+    first = arguments.worker_port
+    with ExitStack() as held:  # all at once, so that none is chosen twice
+
+        def choose(host: str, port: int, flag: str) -> int:
+            try:
+                listeners = bind_listeners(host, port)
+            except UnavailableError:
+                raise UnavailableError(
+                    f"port {port} of {host} is in use; stop what listens there (another `fastchat serve`?) or give "
+                    f"another {flag}."
+                ) from None
+            for listener in listeners.sockets:
+                held.enter_context(listener)
+            return listeners.port
+
+        return Ports(
+            api=choose(arguments.host, arguments.port, "--port"),
+            controller=choose(INTERNAL_HOST, arguments.controller_port, "--controller-port"),
+            workers=tuple(
+                choose(INTERNAL_HOST, parse_port(first + number) if first else 0, "--worker-port")
+                for number in range(num_workers)
+            ),
+        )
+
+
+def _model_flags(folder: ServedFolder) -> list[str]:
+    template = [f"--conv-template={folder.conv_template}"] if folder.conv_template is not None else []
+    return [f"--model-path={folder.path.absolute()}", f"--model-names={','.join(folder.names)}", *template]
+
+
+def _access_flags(arguments: argparse.Namespace) -> list[str]:
+    flags = [f"--allowed-{what}={json.dumps(getattr(arguments, f'allowed_{what}'))}" for what in _CORS_LISTS]
+    flags += ["--allow-credentials"] if arguments.allow_credentials else []
+    flags += ["--ssl"] if arguments.ssl else []
+    return [*flags, *([f"--api-keys={','.join(arguments.api_keys)}"] if arguments.api_keys else [])]
+
+
+_CORS_LISTS = ("origins", "methods", "headers")
+
+
+def _internal(port: int) -> str:
+    return internal_url(INTERNAL_HOST, port)
+
+
+def _command(module: str, flags: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", f"fastchat.serve.{module}", *flags]
+
+
+if __name__ == "__main__":
+    run_command(main)

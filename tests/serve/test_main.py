@@ -1,0 +1,80 @@
+"""`fastchat <command>`: the table of commands, quick and helpful."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastchat import __version__
+from fastchat.serve.main import COMMANDS
+from tests.processes import ROOT, process_environment
+
+
+def fastchat(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "fastchat", *words],
+        cwd=ROOT,
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("words", [(), ("--help",)], ids=str)
+def test_help_names_every_command(words):
+    """On stdout, with exit code 0."""
+    ended = fastchat(*words)
+    assert ended.returncode == 0
+    assert all(f"  {command.name} " in ended.stdout for command in COMMANDS)
+
+
+def test_help_takes_less_than_200_ms():
+    """It imports no command; the best of five, since this machine is shared."""
+    times = []
+    for _ in range(5):
+        began = time.monotonic()
+        fastchat("--help")
+        times.append(time.monotonic() - began)
+    assert min(times) < 0.2
+
+
+def test_version_is_the_package_s():
+    """For bug reports."""
+    assert fastchat("--version").stdout == f"fastchat {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("srve", "did you mean `fastchat serve`?"),
+        ("model_worker", "did you mean `fastchat model-worker`?"),
+        ("xyz", "the commands are serve, "),
+    ],
+)
+def test_unknown_command_is_one_line_with_what_to_type(word, hint):
+    """Exit code 2."""
+    ended = fastchat(word)
+    assert ended.returncode == 2
+    assert hint in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_has_a_main_that_takes_its_flags(command):
+    """And gives the exit code back."""
+    main = importlib.import_module(command.module).main
+    assert list(inspect.signature(main).parameters) == ["argv"]
+
+
+def test_command_shares_its_flags_with_the_guide_s_module():
+    """`fastchat controller --help` is `python3 -m fastchat.serve.controller --help`."""
+    ended = fastchat("controller", "--help")
+    assert ended.returncode == 0
+    assert "--dispatch-method" in ended.stdout
