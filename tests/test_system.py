@@ -1,9 +1,11 @@
 """Laws of the whole system: real controller, worker and API server, real clients, real faults."""
 
 import asyncio
+import json
 import signal
 import subprocess
 import time
+import urllib.request
 
 import openai
 import pytest
@@ -204,3 +206,35 @@ def test_two_models_in_one_worker_as_in_the_guide(tmp_path):
         with start_command("controller", *system.controller_flags, state_dir=tmp_path / "state") as controller:
             controller.wait_for_line("worker registered")
             assert wait_for_models(system, [first, second], limit_s=2) < 2
+
+
+def test_another_openai_server_can_be_a_worker(tmp_path):
+    """Registered by URL with the cluster token, it is listed and answers, whole and streamed; it is told no secret."""
+    with running_system(tmp_path / "there") as there:
+        state_dir = tmp_path / "here"
+        with (
+            start_command("controller", "--port", "0", state_dir=state_dir) as controller,
+            start_command(
+                "openai_api_server", "--port", "0", "--controller-address", controller.url, state_dir=state_dir
+            ) as api,
+        ):
+            body = {"worker_name": there.api_url, "check_heart_beat": False}
+            status = {"model_names": [MODEL_NAME], "speed": 1, "queue_length": 0}
+            request = urllib.request.Request(
+                f"{controller.url}/register_worker",
+                json.dumps({**body, "worker_status": status}).encode(),
+                {"Authorization": f"Bearer {(state_dir / 'cluster-token').read_text().strip()}"},
+            )
+            urllib.request.urlopen(request, timeout=10).close()
+            here = System(api, controller, there.worker, state_dir, ())
+            wait_for_models(here, [MODEL_NAME])
+
+            async def main() -> None:
+                async with client_of(here) as client:
+                    asked = {"model": MODEL_NAME, "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+                    whole = (await client.chat.completions.create(**asked)).choices[0].message.content
+                    stream = await client.chat.completions.create(stream=True, **asked)
+                    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == whole
+
+            asyncio.run(main())
+            assert "request_id" in there.api.log

@@ -56,6 +56,7 @@ class LineFormat:
     source = "a test"
     roles = ("user", "assistant")
     stop_token_ids = frozenset({USER})
+    message_fields = frozenset({"metadata"})
 
     def __init__(self, *, stop_strings: tuple[str, ...] = (), strips_leading_space: bool = False) -> None:
         self.stop_strings = stop_strings
@@ -69,9 +70,15 @@ class LineFormat:
 class ScriptedEngine(EngineClient):
     """Implements `EngineClient`: `script(request)` is the endless answer, given out in groups of `group_size` ids."""
 
-    def __init__(self, script: Callable[[SequenceRequest], Sequence[int]], *, group_size: int = 1) -> None:
+    def __init__(
+        self,
+        script: Callable[[SequenceRequest], Sequence[int]],
+        *,
+        group_size: int = 1,
+        max_context: int = MAX_CONTEXT,
+    ) -> None:
         super().__init__()
-        self.limits = EngineLimits(MAX_CONTEXT, 100, 16, VOCAB_SIZE, "cpu", "float32")
+        self.limits = EngineLimits(max_context, 100, 16, VOCAB_SIZE, "cpu", "float32")
         self.requests: list[SequenceRequest] = []
         self.is_paused = False
         self._script = script
@@ -151,7 +158,7 @@ def served(engine: EngineClient, *, chat_format: LineFormat | None = None, **opt
         tokenizer=ByteTokenizer(),
         chat_format=chat_format or LineFormat(),
         engine=engine,
-        max_context=MAX_CONTEXT,
+        max_context=engine.limits.max_context,
         sampling_defaults=SamplingDefaults(),
         created=CREATED,
         **options,

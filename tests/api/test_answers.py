@@ -94,12 +94,13 @@ def test_text_is_that_of_the_ids_up_to_the_first_stop_string(ids, stops, max_tok
         return await whole(models, {**CHAT, "stop": stops, "max_tokens": max_tokens})
 
     text = ByteTokenizer().decode([*ids, EOS][:max_tokens])
+    text = text.lstrip() if strips else text
     cuts = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
     if cuts:
         end, size, stop = min(cuts)
         text = text[: end + size]
     choice = asyncio.run(run())["choices"][0]
-    assert text_of(choice) == (text.lstrip() if strips else text)
+    assert text_of(choice) == text
     assert choice["stop_reason"] == (stop if cuts else None)
     assert choice["finish_reason"] == ("stop" if cuts or max_tokens > len(ids) else "length")
 
@@ -172,6 +173,22 @@ def test_resume_needs_the_header():
                 await answer(models, {**CHAT, "resume": broken}, is_resume=True)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [("\n", "hi "), (" \nhi", "hi "), ("i ", "h"), (["\n", " "], "hi"), ("  ", "hi ")], ids=repr
+)
+def test_stop_strings_are_looked_for_in_the_text_that_the_client_gets(stop, text):
+    """White space that is dropped stops nothing: ChatGLM3 begins every answer with a line break."""
+
+    async def run():
+        models = served(
+            ScriptedEngine(lambda _: [262, *b" \nhi ", EOS]), chat_format=LineFormat(strips_leading_space=True)
+        )
+        document = {**CHAT, "stop": stop}
+        return text_of((await whole(models, document))["choices"][0]), joined(await events(models, document))
+
+    assert asyncio.run(run()) == (text, {0: text})
 
 
 @pytest.mark.parametrize("strips", [True, False])

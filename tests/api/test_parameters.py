@@ -195,7 +195,10 @@ BAD_VALUES = [
     *[("n", value) for value in (0, -1, 10_000, "2", True, 1.0)],
     *[("seed", value) for value in (2**63, -(2**63) - 1, 1.5, "1", True)],
     *[("stop", value) for value in ("", [""], [None], ["x"] * 17, "x" * 257, 5, {"a": 1}, ["x"] * 100_000)],
-    *[("logit_bias", value) for value in ({"abc": 1}, {"-1": 1}, {"1": 1e9}, {"1": math.nan}, {"1": True}, [1])],
+    *[
+        ("logit_bias", value)
+        for value in ({"abc": 1}, {"-1": 1}, {"01": 1}, {"1": 1e9}, {"1": math.nan}, {"1": True}, [1])
+    ],
     ("logit_bias", {str(number): 1 for number in range(100_000)}),
     *[("top_logprobs", value) for value in (-1, 21, 30, True, "1", 10**9)],
     *[("logprobs", value) for value in (1, "yes")],

@@ -4,14 +4,17 @@ import asyncio
 
 import openai.types
 import openai.types.chat
+import pytest
 
 from tests.api.scripted import (
     EOS,
     ScriptedEngine,
+    answer,
     chunks,
     events,
     joined,
     served,
+    text_of,
     whole,
 )
 
@@ -116,6 +119,54 @@ def test_echo_without_an_answer_scores_the_prompt():
     choice = asyncio.run(run())["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("ab", "length")
     assert choice["logprobs"]["tokens"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("document", [CHAT, {"prompt": "x"}], ids=["chat", "completion"])
+@pytest.mark.parametrize("script", [[EOS], [258]], ids=["nothing", "half a character"])
+def test_an_answer_without_text_has_its_ending(document, script):
+    """A model that says nothing, or half a character: each choice has one ending, and a stream the whole's text."""
+
+    async def run():
+        models = served(ScriptedEngine(lambda _: script))
+        asked = {**document, "n": 2, "max_tokens": 1}
+        return await whole(models, asked), await events(models, asked)
+
+    full, raw = asyncio.run(run())
+    text = "" if script == [EOS] else "\ufffd"
+    assert [text_of(choice) for choice in full["choices"]] == [text, text]
+    streamed = [choice for chunk in chunks(raw) for choice in chunk["choices"]]
+    endings = [(choice["index"], choice["finish_reason"]) for choice in streamed if choice["finish_reason"]]
+    assert sorted(endings) == [(choice["index"], choice["finish_reason"]) for choice in full["choices"]]
+    assert {index: joined(raw).get(index, "") for index in (0, 1)} == {0: text, 1: text}
+
+
+def test_usage_of_several_prompts_comes_once():
+    """Behind the last ending and nowhere else: each prompt counts once, each choice's ids in full."""
+
+    async def run():
+        models = served(ScriptedEngine(lambda _: [*b"hi.", EOS]))
+        asked = {"prompt": ["ab", "c"], "n": 2, "stop": "."}
+        return await whole(models, asked), await events(models, {**asked, "stream_options": {"include_usage": True}})
+
+    full, raw = asyncio.run(run())
+    stream = chunks(raw)
+    assert [chunk["usage"] for chunk in stream[:-1]] == [None] * (len(stream) - 1)
+    assert stream[-1]["choices"] == []
+    assert stream[-1]["usage"] == full["usage"]
+    counts = [full["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
+    assert counts == [3, 4 * 3, 15]
+
+
+def test_fields_that_a_prompt_has_no_place_for_are_told():
+    """A message's name, where the model's format does not write it, is listed as unknown fields are."""
+
+    async def run(**fields):
+        models = served(ScriptedEngine(lambda _: [EOS]))
+        made = await answer(models, {"messages": [{"role": "user", "content": "hi", **fields}]})
+        return made.ignored.header_value()
+
+    assert asyncio.run(run(name="Ann", tool_call_id="c", metadata="m")) == "messages.name, messages.tool_call_id"
+    assert asyncio.run(run(metadata="m")) is None
 
 
 def test_several_tokens_go_out_in_one_event_when_asked():

@@ -2,6 +2,8 @@
 
 import argparse
 import socket
+import sys
+import threading
 
 import torch
 
@@ -11,17 +13,24 @@ from tests.engine.conftest import make_engine
 from tests.engine.tiny_models import make_model
 
 
-def make(fails: bool):
-    if fails:
+def make(behaviour: str):
+    if behaviour == "fails":
         raise CheckpointError("the folder is empty; copy a model into it")
+    if behaviour == "loads for ever":
+        sys.stdout.write("loading\n")
+        sys.stdout.flush()
+        threading.Event().wait()
     torch.set_num_threads(1)
-    return make_engine(make_model("glm"))
+    model = make_model("glm")
+    if behaviour == "hangs":
+        model.get_input_embeddings().register_forward_pre_hook(lambda *_: threading.Event().wait())
+    return make_engine(model)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--engine-fd", type=int, required=True)
-    parser.add_argument("--fails", action="store_true")
+    parser.add_argument("--behaviour", default="well")
     arguments = parser.parse_args()
     with socket.socket(fileno=arguments.engine_fd) as connection:
-        serve_engine(connection, lambda: make(arguments.fails))
+        serve_engine(connection, lambda: make(arguments.behaviour))

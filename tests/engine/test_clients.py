@@ -2,9 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
+import threading
+import weakref
+from dataclasses import replace
 
 import pytest
 
@@ -26,7 +30,7 @@ def raise_checkpoint_error():
 
 def make_client(kind: str, *, fails: bool = False) -> EngineClient:
     if kind == "process":
-        return ProcessEngineClient([*CHILD, "--fails"] if fails else CHILD)
+        return ProcessEngineClient([*CHILD, "--behaviour", "fails"] if fails else CHILD)
     return ThreadEngineClient(raise_checkpoint_error if fails else lambda: make_engine(make_model("glm")))
 
 
@@ -179,6 +183,132 @@ def test_a_closed_engine_ends_its_streams(kind):
                 await read_to_the_end(stream)
             with pytest.raises(EngineError):
                 client.submit(request("b"))
+
+    asyncio.run(main())
+
+
+@both
+def test_an_answer_that_is_whole_already_is_not_resumed(kind):
+    """There is nothing left to compute: neither behind an id that ends it nor behind its last allowed token."""
+
+    async def main():
+        async with running(kind) as client:
+            ends = SamplingParams(max_tokens=9, eos_token_ids=frozenset({7}))
+            for sampling, emitted in ((SamplingParams(max_tokens=2), (5, 6)), (ends, (5, 7))):
+                with pytest.raises(InvalidRequestError, match="whole answer"):
+                    client.submit(SequenceRequest("over", (3, 4), sampling, emitted_token_ids=emitted))
+            held_off = replace(ends, min_tokens=5)
+            assert await collect(client, SequenceRequest("on", (3, 4), held_off, emitted_token_ids=(5, 7)))
+
+    asyncio.run(main())
+
+
+class Blocking:
+    """Something in an engine's way until it is let go; on another thread of this process."""
+
+    def __init__(self):
+        self.has_begun = threading.Event()
+        self.may_go_on = threading.Event()
+        self.model = None
+
+    def block(self, *_):
+        self.has_begun.set()
+        assert self.may_go_on.wait(60)
+
+    def load_slowly(self):
+        self.block()
+        return self.load()
+
+    def load(self):
+        model = make_model("glm")
+        self.model = weakref.ref(model)
+        return make_engine(model)
+
+    def load_and_hang(self):
+        model = make_model("glm")
+        model.get_input_embeddings().register_forward_pre_hook(self.block)
+        return make_engine(model)
+
+
+def test_closing_does_not_wait_for_a_step_that_hangs():
+    """A thread is left behind, a process is killed; the streams end, and both in the time allowed."""
+
+    async def main():
+        blocking = Blocking()
+        thread = ThreadEngineClient(blocking.load_and_hang, close_timeout_s=0.1)
+        process = ProcessEngineClient([*CHILD, "--behaviour", "hangs"], close_timeout_s=0.1)
+        for client in (thread, process):
+            await client.start()
+            stream = client.submit(request("a"))
+            await asyncio.wait_for(client.close(), 5)
+            with pytest.raises(EngineError, match=r"closed|died"):
+                await read_to_the_end(stream)
+            assert not client.is_alive
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.process_id, 0)
+        blocking.may_go_on.set()
+        await asyncio.to_thread(thread._thread.join, 60)
+
+    asyncio.run(main())
+
+
+def test_closing_while_a_thread_loads_frees_what_it_loads():
+    """Nobody waits for the model, and nothing of it stays when it comes."""
+
+    async def main():
+        blocking = Blocking()
+        client = ThreadEngineClient(blocking.load_slowly)
+        starting = asyncio.create_task(client.start())
+        await asyncio.to_thread(blocking.has_begun.wait, 60)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await asyncio.wait_for(client.close(), 5)
+        assert not client.is_alive
+        blocking.may_go_on.set()
+        await asyncio.to_thread(client._thread.join, 60)
+        await asyncio.sleep(0)  # its last crossing
+        gc.collect()
+        assert blocking.model() is None
+
+    asyncio.run(main())
+
+
+def test_a_closed_client_holds_no_weights():
+    """Whoever keeps the client keeps no model."""
+
+    async def main():
+        blocking = Blocking()
+        client = ThreadEngineClient(blocking.load)
+        await client.start()
+        await collect(client, request("a"))
+        await client.close()
+        gc.collect()
+        assert blocking.model() is None
+        await client.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("way", ["closed", "killed"])
+def test_an_engine_process_that_is_loading_can_be_ended(way, capfd):
+    """`close` kills it at once; a death of its own is an error that says so. No process is left."""
+
+    async def main():
+        client = ProcessEngineClient([*CHILD, "--behaviour", "loads for ever"])
+        starting = asyncio.create_task(client.start())
+        async with asyncio.timeout(60):
+            while "loading" not in capfd.readouterr().out:
+                await asyncio.sleep(0.02)
+        if way == "closed":
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await asyncio.wait_for(client.close(), 5)
+        else:
+            os.kill(client.process_id, signal.SIGKILL)
+            with pytest.raises(EngineError, match="before it was ready"):
+                await asyncio.wait_for(starting, 5)
+        with pytest.raises(ProcessLookupError):
+            os.kill(client.process_id, 0)
 
     asyncio.run(main())
 

@@ -96,15 +96,33 @@ def test_choices_of_one_seed_differ(glm):
     assert len({tuple(answer_ids(events[str(choice)])) for choice in range(4)}) == 4
 
 
-def test_prefix_cache_changes_no_ids_and_saves_prompt_tokens(glm):
-    """A prompt that was seen before is not computed again, and gives the same answer."""
+@pytest.mark.parametrize("family", ["glm", "mistral"])
+def test_prefix_cache_changes_no_ids_and_saves_prompt_tokens(family):
+    """A prompt that was seen before is not computed again, and gives the same answer; with a sliding window too."""
+    model = make_model(family)
     prompt = make_prompts(1, longest=60)[0] + tuple(range(3, 60))
-    engine = make_engine(glm, block_size=8)
+    expected = reference_ids(model, prompt)
+    engine = make_engine(model, block_size=8)
     first = run_all(engine, [greedy(prompt)])["0"]
     second = run_all(engine, [greedy(prompt)])["0"]
-    assert answer_ids(first) == answer_ids(second) == reference_ids(glm, prompt)
+    assert answer_ids(first) == answer_ids(second) == expected
     assert first[0].num_cached_tokens == 0
     assert second[0].num_cached_tokens == (len(prompt) - 1) // 8 * 8
+
+
+@pytest.mark.parametrize("family", ["glm", "mistral"])
+def test_shared_prefixes_survive_preemption(family):
+    """Prompts that share a beginning, in a cache too small for all of them: found, lost, computed again, all right."""
+    model = make_model(family)
+    beginning = tuple(range(3, 40))
+    prompts = [beginning + prompt[:20] for prompt in make_prompts(10)]
+    expected = [reference_ids(model, prompt) for prompt in prompts]
+    engine = make_engine(model, num_blocks=40, block_size=4, max_batch_tokens=24, max_context=96)
+    for _ in range(2):
+        events = run_all(engine, [greedy(prompt, index) for index, prompt in enumerate(prompts)])
+        assert [answer_ids(events[str(index)]) for index in range(len(prompts))] == expected
+    assert engine.stats.num_preemptions > 0
+    assert engine.stats.num_cached_tokens > 0
 
 
 def test_prefix_cache_is_not_shared_between_salts(glm):
@@ -199,17 +217,41 @@ def test_embedding_is_the_mean_hidden_state_whatever_the_batch(glm):
     for index in range(len(prompts)):
         embedding = torch.tensor(events[str(index)][-1].embedding)
         torch.testing.assert_close(embedding, expected[index], atol=1e-5, rtol=1e-4)
+        alone = run_all(make_engine(glm), [requests[index]])[str(index)][-1].embedding
+        assert max_difference(embedding, torch.tensor(alone)) < 1e-6
 
 
+def test_long_embeddings_are_those_of_one_piece(glm):
+    """An input of many chunks has the vector that it has in one chunk, within 1e-6 of a unit vector."""
+    prompt = tuple(3 + index * 7 % 500 for index in range(1500))
+    request = SequenceRequest("0", prompt, SamplingParams(max_tokens=0), wants_embedding=True)
+    engines = [make_engine(glm, max_context=2000, max_batch_tokens=size) for size in (2000, 100, 7)]
+    whole, *chunked = [torch.tensor(run_all(engine, [request])["0"][-1].embedding) for engine in engines]
+    assert all(max_difference(whole, vector) < 1e-6 for vector in chunked)
+
+
+def max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Between the two directions."""
+    return float((one / one.norm() - other / other.norm()).abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs_and_is_repeatable(dtype):
-    """In other dtypes: the same request alone gives the same ids, none lost, none doubled."""
-    model = make_model("glm", dtype)
+def test_half_precision_runs_and_is_repeatable(family, dtype):
+    """In other dtypes: the same request alone gives the same ids, none lost, none doubled; greedy, drawn, embedded."""
+    model = make_model(family, dtype)
     prompt = make_prompts(1)[0]
-    first = run_all(make_engine(model), [greedy(prompt)])["0"]
-    second = run_all(make_engine(model), [greedy(prompt)])["0"]
-    assert answer_ids(first) == answer_ids(second)
-    assert len(answer_ids(first)) == NUM_NEW
+    embedding = SequenceRequest("e", prompt, SamplingParams(max_tokens=0), wants_embedding=True)
+    penalties = {"repetition_penalty": 1.2, "frequency_penalty": 0.5, "top_logprobs": 2}
+    requests = [greedy(prompt, **penalties), seeded(prompt, 1, seed=3), embedding]
+    first, second = (
+        [run_all(make_engine(model, max_batch_tokens=16), [request])[request.sequence_id] for request in requests]
+        for _ in range(2)
+    )
+    assert first == second
+    assert [len(answer_ids(events)) for events in first] == [NUM_NEW, NUM_NEW, 0]
+    together = run_all(make_engine(model, max_batch_tokens=16), requests)
+    assert [len(answer_ids(together[request.sequence_id])) for request in requests] == [NUM_NEW, NUM_NEW, 0]
 
 
 def test_logits_that_are_not_numbers_end_only_their_sequence(glm):

@@ -1,5 +1,6 @@
 """Laws of blocks and scheduling, over random histories. No tensors."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -109,9 +110,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_sequence_is_in_one_place(self):
-        places = [*self.scheduler.running, *(entry[2] for entry in self.scheduler.queue._heap)]
+        places = [*self.scheduler.running, *self.scheduler.queue._waiting.values()]
         assert sorted(map(id, places)) == sorted(map(id, self.alive))
         assert len(self.scheduler.running) <= MAX_RUNNING
+
+    @invariant()
+    def queued_tokens_are_those_to_compute(self):
+        assert self.scheduler.num_queued_tokens == sum(sequence.num_uncomputed_tokens for sequence in self.alive)
 
     @invariant()
     def shared_blocks_hold_the_same_tokens(self):
@@ -172,15 +177,65 @@ def test_decoding_goes_before_a_long_prompt():
 
 def test_lower_priority_number_is_admitted_first_and_preempted_last():
     """The queue's policy decides both ways."""
-    scheduler = make_scheduler(num_blocks=4, max_batch_tokens=64)
+    scheduler = make_scheduler(num_blocks=5, max_batch_tokens=64)
     late = add(scheduler, "late", 7, 0, priority=5)
     urgent = add(scheduler, "urgent", 7, 1, priority=0)
     assert run_step(scheduler) == [("urgent", 7), ("late", 7)]
-    for _ in range(2):
+    for _ in range(3):
         run_step(scheduler)
     assert late.state is SequenceState.WAITING
     assert urgent.state is SequenceState.RUNNING
     assert late.num_preemptions == 1
+
+
+def test_a_crowd_that_leaves_the_queue_costs_as_much_as_one_that_is_served():
+    """Twenty thousand waiting sequences are aborted in about the time it took to add them; the order stays."""
+    scheduler = make_scheduler(num_blocks=4)
+    first = add(scheduler, "first", 7, 0)
+    crowd = [add(scheduler, str(index), 2, index) for index in range(1, 20_001)]
+    last = add(scheduler, "last", 7, 20_001)
+    assert len(scheduler.queue) == 20_002
+    began_at = time.process_time()
+    for sequence in reversed(crowd[1:]):
+        scheduler.finish(sequence, FinishReason.ABORT)
+    assert time.process_time() - began_at < 2
+    assert (len(scheduler.queue), scheduler.num_queued_tokens) == (3, 7 + 2 + 7)
+    assert len(scheduler.queue._heap) < 200
+    assert [scheduler.queue.pop() for _ in range(3)] == [first, crowd[0], last]
+    assert scheduler.queue.peek() is None
+
+
+def test_little_is_computed_twice_where_blocks_are_scarce():
+    """Sixty sequences of 100 to 160 tokens over blocks for eight: preemption throws away little of the work."""
+    scheduler = make_scheduler(num_blocks=240, max_batch_tokens=512, max_running=256, prefix_caching=False)
+    for arrival in range(60):
+        add(scheduler, str(arrival), 70 + arrival % 7 * 5, arrival)
+    num_computed = 0
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        num_computed += batch.num_tokens
+        last = [item.sequence for item in batch.scheduled if item.is_last_chunk]
+        scheduler.advance(batch)
+        for sequence in last:
+            sequence.token_ids.append(7)
+            if sequence.num_output_tokens > 30 + sequence.arrival % 11 * 3:
+                scheduler.finish(sequence, FinishReason.LENGTH)
+    num_needed = sum(70 + arrival % 7 * 5 + 30 + arrival % 11 * 3 for arrival in range(60))
+    assert num_needed < num_computed < 1.2 * num_needed, num_computed / num_needed
+
+
+def test_a_preempted_sequence_is_not_taken_back_in_the_same_step():
+    """What gave its blocks to another would take them back at once and lose them again."""
+    scheduler = make_scheduler(num_blocks=5, max_batch_tokens=64)
+    early = add(scheduler, "early", 7, 0)
+    late = add(scheduler, "late", 7, 1)
+    for _ in range(4):
+        run_step(scheduler)
+    assert late.state is SequenceState.WAITING
+    for _ in range(3):
+        assert run_step(scheduler) == [("early", 1)]
+    scheduler.finish(early, FinishReason.STOP)
+    assert run_step(scheduler)[0][0] == "late"
 
 
 def test_neighbouring_blocks_are_preferred():

@@ -393,12 +393,30 @@ def test_templates_see_tools_dates_special_tokens_and_parsed_arguments(tmp_path:
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ 1 / 'a' }}",
+        "{{ 1 / 0 }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
     ],
 )
 def test_what_a_template_refuses_is_the_clients_error(tmp_path: Path, template: str) -> None:
     chat_format, _ = format_of(write_checkpoint(tmp_path, "llama", chat_template=template))
     with pytest.raises(InvalidRequestError, match="chat template refuses"):
         chat_format.render([user("hi")])
+
+
+def test_a_format_says_which_fields_of_a_message_it_writes(tmp_path: Path) -> None:
+    """So that a client can be told that its others were not read."""
+    fields = {
+        name: load_chat_format(
+            Checkpoint.open(write_checkpoint(tmp_path / name, name)),
+            load_tokenizer(Checkpoint.open(tmp_path / name)),
+        ).message_fields
+        for name in ("chatglm2", "chatglm3")
+    }
+    assert fields == {"chatglm2": frozenset(), "chatglm3": {"metadata"}}
+    template = "{% for m in messages %}{{ m.name }}{{ m['tool_call_id'] }}{{ m.content }}{% endfor %}"
+    chat_format, _ = format_of(write_checkpoint(tmp_path / "jinja", "llama", chat_template=template))
+    assert {"name", "tool_call_id"} <= chat_format.message_fields
+    assert "metadata" not in chat_format.message_fields
 
 
 def test_a_template_that_is_not_valid_is_named_at_load(tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def thread():
 
 
 @contextmanager
-def serving(thread, config, *, port=0):
-    app = create_worker_app(config)
+def serving(thread, config, *, port=0, **options):
+    app = create_worker_app(config, **options)
     with thread.serve(app, port) as url:
         worker = Worker(url, app.state.runtime)
         with worker.client:

@@ -1,5 +1,6 @@
 """`model_worker` and `multi_model_worker` as people type them."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def test_missing_folder_and_taken_port_end_in_one_line(tmp_path, checkpoints):
         )
         assert taken.returncode == 69
         assert f"port {port}" in taken.stderr.splitlines()[-1]
+
+
+def test_a_worker_whose_engine_dies_ends_with_a_failures_exit_code(checkpoints, tmp_path):
+    """So that whatever runs it starts it again; the last line says what happened."""
+    flags = ["--model-path", checkpoints["qwen"], "--port", "0", "--no-register", "--engine-process", "process"]
+    with start_command("model_worker", *flags, state_dir=tmp_path) as process:
+        process.wait_for_line("worker ready")
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        assert process.wait() == 1
+        assert "an engine died; this worker ends" in process.log
+        assert process.log.splitlines()[-1].startswith("error: an engine died")
 
 
 def test_unique_prefixes_of_flags_work():

@@ -14,7 +14,8 @@ from fastchat.models.interface import SamplingDefaults
 from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
 from fastchat.worker.health import EngineHealth
 from fastchat.worker.loaded_model import open_models
-from tests.processes import free_port
+from tests.checkpoints import write_checkpoint
+from tests.processes import free_port, run_command
 from tests.worker.conftest import ENGINE, TOKEN, serving, wait_until, worker_config
 
 CHAT = {"model": "qwen", "messages": [{"role": "user", "content": "Hello"}]}
@@ -74,7 +75,9 @@ def test_engine_in_a_process_answers_like_one_in_a_thread(thread, checkpoints, w
     """The same ids for greedy, seeded and embedding requests; and its death is seen in /health and in answers."""
     spec = EngineSpec(device="cpu", dtype="float32", engine_place="process", kv_cache_bytes=32 * 2**20)
     models = (ModelSpec(checkpoints["qwen"], ("qwen",)),)
-    with serving(thread, worker_config(checkpoints, models=models, engine=spec)) as other:
+    ends = []
+    config = worker_config(checkpoints, models=models, engine=spec)
+    with serving(thread, config, end_process=lambda: ends.append("now")) as other:
         for options in ({"temperature": 0}, {"temperature": 1.3, "seed": 4, "n": 2}, {"stop": "e", "seed": 1}):
             body = {**CHAT, "max_tokens": 16, "return_token_ids": True, **options}
             here, there = (each.post("/v1/chat/completions", body).json() for each in (worker, other))
@@ -89,7 +92,25 @@ def test_engine_in_a_process_answers_like_one_in_a_thread(thread, checkpoints, w
         wait_until(lambda: not engine.is_alive)
         assert other.get("/health").status_code == 503
         answer = other.post("/v1/chat/completions", CHAT)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert (answer.status_code, answer.json()["error"]["type"]) in ((500, "server_error"), (503, "server_error"))
+        wait_until(lambda: ends)
+        assert other.runtime.has_failed
+        assert other.post("/v1/chat/completions", CHAT).json()["error"]["code"] == "shutting_down"
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_worker_in_one_line(checkpoints, tmp_path):
+    """The second of two: the first is given up again, and the last line says which file and what to do."""
+    broken = write_checkpoint(tmp_path / "broken", "qwen2", num_shards=1)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    paths = [flag for folder in (checkpoints["qwen"], broken) for flag in ("--model-path", str(folder))]
+    ended = run_command("multi_model_worker", *paths, "--port", "0", "--no-register", state_dir=tmp_path / "state")
+    assert ended.returncode == 2
+    assert "model loaded" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert f"{file}: truncated" in last
 
 
 def test_seed_truncation_and_deadline(thread, checkpoints):

@@ -237,6 +237,35 @@ def test_headers_of_the_api_server_are_obeyed(worker):
     assert f": 0 prompt {','.join(map(str, full.json()['prompt_token_ids']))}\n" in text
 
 
+@pytest.mark.parametrize(
+    "name", ["x-fastchat-created", "x-fastchat-seed", "x-fastchat-priority", "x-fastchat-deadline"]
+)
+@pytest.mark.parametrize("value", ["x", "", "1" * 30, "1_0", "nan"])
+def test_headers_that_are_no_numbers_are_refused(worker, name, value):
+    """A 400 that names the header, whatever is in it."""
+    answer = worker.post("/v1/chat/completions", {**CHAT, "max_tokens": 1}, **{name: value})
+    if name == "x-fastchat-deadline" and value == "1_0":
+        return  # Python's own spelling of 10
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_header")
+    assert name in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("model", ["chatglm2-6b", "qwen"])
+def test_the_official_clients_stream_helper_puts_the_answer_together(client, model):
+    """Its events end in the completion that a whole answer is: roles, texts, endings, log probabilities, usage."""
+    asked = {"model": model, "messages": MESSAGES, "max_tokens": 12, "seed": 4, "n": 2, "logprobs": True}
+    full = client.chat.completions.create(**asked)
+    with client.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
+        kinds = [event.type for event in stream]
+        joined = stream.current_completion_snapshot
+    assert kinds.count("content.done") == sum(bool(choice.message.content) for choice in full.choices)
+    for one, other in zip(joined.choices, full.choices, strict=True):
+        assert (one.message.role, one.message.content or "") == ("assistant", other.message.content)
+        assert one.finish_reason == other.finish_reason
+        assert [place.token for place in one.logprobs.content] == [place.token for place in other.logprobs.content]
+    assert joined.usage.completion_tokens == full.usage.completion_tokens
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.3, "stop": ["e"]}])
 def test_resumed_stream_continues_the_same_text(worker, options):
     """Behind every event a stream is cut and resumed with the ids of its tags: both parts make the same answer."""

@@ -6,7 +6,7 @@ Shapes are `chat.py` and `completions.py`. The worker's routes run an answer; an
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -22,9 +22,13 @@ from fastchat.api.resume import Resume
 from fastchat.api.sampling import AnswerLength, choice_sampling
 from fastchat.api.served_model import SYSTEM_FINGERPRINT, ServedModel
 from fastchat.api.streaming import DONE_EVENT, chunk_event, ids_tag, prompt_tag
+from fastchat.api.text_work import off_the_loop
 from fastchat.engine.sampling_params import SamplingParams
 
 Json = dict[str, Any]  # Any: JSON has any value
+
+_LOGPROBS_SIZE = 100
+"""The log probabilities of one place cost as much to write as so many characters of text."""
 
 
 class AnswerShape(Protocol):
@@ -100,11 +104,20 @@ class Answer:
         deltas: dict[int, Delta] = {}
         while new := await self._generation.next_deltas(sys.maxsize):
             deltas |= {delta.choice: delta for delta in new}
+        return await off_the_loop(lambda: self._whole_body(deltas), size=self._size(deltas))
+
+    def _whole_body(self, deltas: Mapping[int, Delta]) -> bytes:
         choices = self._generation.choices
         body = self._common(self._shape.whole_kind)
         body["choices"] = [self._shape.whole(choice, deltas[choice.plan.index]) for choice in choices]
         body["usage"] = usage_json(self._generation.usage)
         return orjson.dumps(body | self._shape.extras(choices))
+
+    def _size(self, deltas: Mapping[int, Delta]) -> int:
+        """About what a body costs to write, in characters."""
+        num_described = sum(len(choice.prompt_logprobs) for choice in self._generation.choices)
+        num_described += sum(len(delta.logprobs) for delta in deltas.values())
+        return sum(len(delta.text) for delta in deltas.values()) + _LOGPROBS_SIZE * num_described
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; each item is what became known together. Errors are raised, not written."""

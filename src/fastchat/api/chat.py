@@ -17,9 +17,9 @@ from fastchat.api.resume import Resume
 from fastchat.api.sampling import AnswerLength, base_sampling
 from fastchat.api.served_model import ServedModel, ServedModels
 from fastchat.api.stop_strings import StopStrings
-from fastchat.api.text_work import chat_messages, render
+from fastchat.api.text_work import chat_messages, render, unread_fields
 from fastchat.engine.sampling_params import SamplingParams
-from fastchat.models.interface import Tokenizer
+from fastchat.models.interface import ChatMessage, Tokenizer
 
 
 async def prepare_chat(
@@ -35,8 +35,9 @@ async def prepare_chat(
     resume.check(body.num_choices)
     base = _sampling(body, model, context)
     limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    messages = chat_messages(body.messages)
     plans = plan_choices(
-        [await _prompt(body, model, resume)],
+        [await _prompt(body, model, messages, resume)],
         base,
         AnswerLength(limit),
         choices_per_prompt=body.num_choices,
@@ -54,6 +55,7 @@ async def prepare_chat(
         on_record=on_record,
     )
     shape = ChatShape(model.tokenizer, has_logprobs=bool(body.logprobs), returns_token_ids=bool(body.return_token_ids))
+    ignored = ignored.also(unread_fields(model, messages))
     return Answer(answer_head("chatcmpl", body, model, context), shape, generation, ignored)
 
 
@@ -142,10 +144,10 @@ def _text_rules(body: ChatCompletionRequest, model: ServedModel) -> TextRules:
     )
 
 
-async def _prompt(body: ChatCompletionRequest, model: ServedModel, resume: Resume) -> tuple[int, ...]:
+async def _prompt(
+    body: ChatCompletionRequest, model: ServedModel, messages: Sequence[ChatMessage], resume: Resume
+) -> tuple[int, ...]:
     resumed = [resume.choice(index) for index in range(body.num_choices)]
     if resumed[0] is not None and None not in resumed:
         return resumed[0].prompt_token_ids
-    return await render(
-        model, chat_messages(body.messages), add_generation_prompt=body.add_generation_prompt is not False
-    )
+    return await render(model, messages, add_generation_prompt=body.add_generation_prompt is not False)

@@ -151,8 +151,15 @@ class Choice:
             self.ending = ending
 
     def _add_text(self, text: str) -> None:
-        """Text through the stop matcher; within the first `min_tokens` ids no stop string counts."""
+        """Text through the stop matcher; within the first `min_tokens` ids no stop string counts.
+
+        Stop strings are looked for in the text that the client gets, so leading white space is dropped before: a model
+        that begins each answer with a line break would otherwise never answer a client that stops at line breaks.
+        """
         self._num_characters += len(text)
+        if not self._has_text:
+            text = text.lstrip()
+            self._has_text = bool(text)
         if self.num_tokens <= self.plan.sampling.min_tokens:
             self._release(text)
             return
@@ -163,10 +170,7 @@ class Choice:
             self.stop_reason = matched.stop
 
     def _release(self, text: str) -> None:
-        if not self._has_text:
-            text = text.lstrip()
         if text:
-            self._has_text = True
             self._texts.append(text)
 
     def _forget_pending(self) -> None:

@@ -122,9 +122,13 @@ NEUTRAL_ONLY: Mapping[type[BaseModel], Mapping[str, NeutralOnly]] = {
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """The names of a body that are unknown here."""
+    """The names of a body that are unknown here, or that this model's prompts have no place for."""
 
     names: tuple[str, ...] = ()
+
+    def also(self, names: Iterable[str]) -> Ignored:
+        """These names too."""
+        return Ignored(tuple(dict.fromkeys((*self.names, *names))))
 
     def header_value(self) -> str | None:
         """The names for the header, shortened and made printable; None when there are none."""

@@ -97,7 +97,7 @@ def _biases(value: object) -> object:
     if len(value) > MAX_BIASED_TOKENS:
         raise PydanticCustomError("logit_bias", f"may hold at most {MAX_BIASED_TOKENS} token ids")
     for key, bias in value.items():
-        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and key == str(int(key))):
             raise PydanticCustomError("logit_bias", f"keys must be token ids, not `{key[:32]}`")
         if type(bias) not in (int, float) or not -100 <= bias <= 100:  # NaN fails too
             raise PydanticCustomError("logit_bias", "values must be numbers between -100 and 100")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from fastchat.errors import InvalidRequestError
 
 _OLD_CLIENT = "OpenAI/v1 PythonBindings/"
 """How openai 0.28 names itself. It asks for base64 embeddings and cannot read them where numpy is absent."""
+
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,11 @@ class RequestContext:
 
 
 def _integer(headers: Mapping[str, str], name: str, *, default: int = 0) -> int:
-    try:
-        return int(headers.get(name, default))
-    except ValueError:
-        raise InvalidRequestError(f"The header {name} must be an integer.", code="invalid_header") from None
+    text = headers.get(name, str(default))
+    value = int(text) if _INTEGER.fullmatch(text) else None
+    if value is None or not -(2**63) <= value < 2**63:
+        raise InvalidRequestError(f"The header {name} must be an integer of 64 bits.", code="invalid_header")
+    return value
 
 
 def _seconds(headers: Mapping[str, str], name: str) -> float | None:

@@ -41,7 +41,7 @@ async def render(
 def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> tuple[int, ...]:
     """Ids that a client sent. Raises `InvalidRequestError` where one is outside the vocabulary."""
     vocab_size = model.engine.limits.vocab_size
-    for token_id in token_ids:
+    for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError(
                 f"{param}: the token id {token_id} is not in [0, {vocab_size}).", param=param, code="invalid_value"
@@ -52,6 +52,12 @@ def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str)
 def chat_messages(messages: Sequence[Message]) -> list[ChatMessage]:
     """Messages as templates know them: `developer` is `system`, and the old `function` is `tool`."""
     return [_chat_message(message) for message in messages]
+
+
+def unread_fields(model: ServedModel, messages: Sequence[ChatMessage]) -> list[str]:
+    """The fields that clients sent with messages and that the model's prompt format has no place for."""
+    sent = [name for message in messages for name in (*message.fields, *(["metadata"] if message.metadata else []))]
+    return [f"messages.{name}" for name in dict.fromkeys(sent) if name not in model.chat_format.message_fields]
 
 
 _ROLES = {"developer": "system", "function": "tool"}

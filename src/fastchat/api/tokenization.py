@@ -9,7 +9,7 @@ import orjson
 from fastchat.api.parameters import Ignored, parse_body
 from fastchat.api.protocol import DetokenizeRequest, TokenizeRequest
 from fastchat.api.served_model import ServedModels
-from fastchat.api.text_work import chat_messages, check_token_ids, encode, off_the_loop, render
+from fastchat.api.text_work import chat_messages, check_token_ids, encode, off_the_loop, render, unread_fields
 from fastchat.errors import InvalidRequestError
 
 Json = dict[str, Any]  # Any: JSON has any value
@@ -27,6 +27,7 @@ async def tokenize(models: ServedModels, document: Json) -> tuple[bytes, Ignored
                 "add_special_tokens is not supported with messages: the template decides.", param="add_special_tokens"
             )
         messages = chat_messages(body.messages)
+        ignored = ignored.also(unread_fields(model, messages))
         token_ids = await render(model, messages, add_generation_prompt=body.add_generation_prompt is not False)
     else:
         token_ids = await encode(model, body.prompt or "", adds_prefix=body.add_special_tokens is not False)

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from fastchat.engine.events import EngineStats, SequenceEvent, SequenceRequest
 from fastchat.errors import ContextLengthError, EngineError, FastChatError, InvalidRequestError
 
+ENGINE_THREAD_NAME = "engine"
+"""How the names of threads begin that run an engine."""
+CLOSE_TIMEOUT_S = 10.0
+"""How long an engine may go on with its step once it is told to stop."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -159,6 +164,8 @@ class EngineClient(ABC):
                     f"logit_bias has the token id {token_id}; the vocabulary ends at {vocab_size - 1}.",
                     param="logit_bias",
                 )
+        if request.has_ended:
+            raise InvalidRequestError("The emitted ids are a whole answer; nothing is left to compute.", param="resume")
         num_prompt_tokens = len(request.prompt_token_ids)
         if num_prompt_tokens + request.sampling.max_tokens > self.limits.max_context:
             raise ContextLengthError(

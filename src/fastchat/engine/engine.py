@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -109,7 +110,7 @@ class Engine:
             progress=self._counts.layers,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.queue),
-            num_queued_tokens=sum(sequence.num_uncomputed_tokens for sequence in self._sequences.values()),
+            num_queued_tokens=self._scheduler.num_queued_tokens,
             num_free_blocks=self._scheduler.pool.num_free_blocks,
             num_blocks=self._scheduler.pool.num_blocks,
             num_prompt_tokens=self._counts.prompt_tokens,
@@ -132,33 +133,62 @@ class Engine:
         return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
 
     def step(self) -> list[SequenceEvent]:
-        """Schedule, run, sample; one event for every sequence that got a token or ended."""
+        """Schedule, run, sample; one event for every sequence that got a token or ended.
+
+        Raises `torch.AcceleratorError`, after which the device computes nothing any more.
+        """
         batch = self._scheduler.schedule()
         if not batch.scheduled:
             return []
         try:
-            output = self._runner.run(batch)
-            sampled = [] if output.logits is None else self._sampler.sample(output.sampling, output.logits)
-        except Exception:  # a failed step ends its sequences, never the engine
-            logger.exception("a step over %d tokens failed", batch.num_tokens)
-            return [self._fail(item.sequence, "the engine failed to compute this step") for item in batch.scheduled]
-        return self._postprocess(batch, output, sampled)
+            computed = self._compute(batch)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("a step failed num_sequences=%d num_tokens=%d", len(batch.scheduled), batch.num_tokens)
+            return self._step_one_by_one(batch)
+        return self._postprocess(batch, computed)
 
-    def _postprocess(
-        self, batch: ScheduledBatch, output: StepOutput, sampled: list[SampledToken]
-    ) -> list[SequenceEvent]:
+    def _compute(self, batch: ScheduledBatch) -> _Computed:
+        """Everything of a step that may fail. No sequence is changed."""
+        output = self._runner.run(batch)
+        return _Computed(
+            output,
+            prompt_logprobs=[_describe_prompt(item, logits) for item, logits in output.prompt_logits],
+            sampled=[] if output.logits is None else self._sampler.sample(output.sampling, output.logits),
+        )
+
+    def _step_one_by_one(self, batch: ScheduledBatch) -> list[SequenceEvent]:
+        """The failed step again, each sequence alone: only those that fail alone too are to blame and end."""
+        events: list[SequenceEvent] = []
+        for item in batch.scheduled:
+            self._sampler.forget(item.sequence)  # counted anew from its tokens; the failure may have counted one
+            alone = ScheduledBatch((item,))
+            try:
+                computed = self._compute(alone)
+            except torch.AcceleratorError:
+                raise
+            except Exception:  # one request, one fault
+                logger.exception("a sequence failed sequence_id=%s", item.sequence.sequence_id)
+                events.append(self._fail(item.sequence, "the engine failed to compute this step"))
+            else:
+                events += self._postprocess(alone, computed)
+        return events
+
+    def _postprocess(self, batch: ScheduledBatch, computed: _Computed) -> list[SequenceEvent]:
         """Take the step's results into the sequences."""
         self._counts.steps += 1
-        failed = [s for s, token in zip(output.sampling, sampled, strict=True) if token.token_id is None]
-        for item, logits in output.prompt_logits:
-            _note_prompt_logprobs(item, logits)
+        chosen = list(zip(computed.output.sampling, computed.sampled, strict=True))
+        failed = [sequence for sequence, token in chosen if token.token_id is None]
+        for (item, _), entries in zip(computed.output.prompt_logits, computed.prompt_logprobs, strict=True):
+            _note_prompt_logprobs(item, entries)
         for item in batch.scheduled:
             if item.start == item.sequence.num_cached_tokens and item.sequence.num_preemptions == 0:
                 self._counts.prompt_tokens += item.sequence.num_prompt_tokens
                 self._counts.cached_tokens += item.start
         self._scheduler.advance(batch, failed)
-        events = [self._append(s, token) for s, token in zip(output.sampling, sampled, strict=True)]
-        return events + self._embed(batch, output)
+        events = [self._append(sequence, token) for sequence, token in chosen]
+        return events + self._embed(batch, computed.output)
 
     def _append(self, sequence: Sequence, sampled: SampledToken) -> SequenceEvent:
         """Give a sequence its next token and say what came of it."""
@@ -228,6 +258,15 @@ class Engine:
         self._counts.layers += 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """One step's results: `prompt_logprobs` beside `output.prompt_logits`, `sampled` beside `output.sampling`."""
+
+    output: StepOutput
+    prompt_logprobs: list[list[TokenLogprobs]]
+    sampled: list[SampledToken]
+
+
 @dataclass(slots=True)
 class _Counts:
     """Totals since the engine began."""
@@ -251,13 +290,16 @@ def _num_blocks(model: PreTrainedModel, config: EngineConfig, block_size: int) -
     return min(num_blocks, config.max_running * -(-config.max_context // block_size))
 
 
-def _note_prompt_logprobs(item: ScheduledSequence, logits: Tensor) -> None:
+def _describe_prompt(item: ScheduledSequence, logits: Tensor) -> list[TokenLogprobs]:
     """Row i of `logits` predicts the token after place item.start + i."""
     sequence = item.sequence
     num_top = sequence.sampling.prompt_logprobs
     assert num_top is not None
-    if item.start == 0:  # also after a preemption
-        sequence.prompt_logprobs = [TokenLogprobs(sequence.token_ids[0], None)]
     predicted = sequence.token_ids[item.start + 1 : min(item.end + 1, sequence.num_prompt_tokens)]
-    if predicted:
-        sequence.prompt_logprobs += describe_tokens(logits[: len(predicted)], predicted, num_top)
+    return describe_tokens(logits[: len(predicted)], predicted, num_top) if predicted else []
+
+
+def _note_prompt_logprobs(item: ScheduledSequence, entries: list[TokenLogprobs]) -> None:
+    if item.start == 0:  # also after a preemption
+        item.sequence.prompt_logprobs = [TokenLogprobs(item.sequence.token_ids[0], None)]
+    item.sequence.prompt_logprobs += entries

@@ -35,6 +35,13 @@ class SequenceRequest:
     priority: int = 0
     wants_embedding: bool = False
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the emitted ids are a whole answer already, so that nothing is left to compute."""
+        emitted, sampling = self.emitted_token_ids, self.sampling
+        ends = bool(emitted) and emitted[-1] in sampling.ending_token_ids and len(emitted) > sampling.min_tokens
+        return ends or (bool(emitted) and len(emitted) >= sampling.max_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:

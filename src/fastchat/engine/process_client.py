@@ -13,22 +13,22 @@ import socket
 from collections.abc import Sequence
 
 from fastchat.engine import wire
-from fastchat.engine.client import EngineClient
+from fastchat.engine.client import CLOSE_TIMEOUT_S, EngineClient
 from fastchat.engine.events import SequenceRequest
 from fastchat.errors import CheckpointError, ConfigError, EngineError, FastChatError
 
 logger = logging.getLogger(__name__)
 
 _ERROR_KINDS: dict[str, type[FastChatError]] = {"checkpoint": CheckpointError, "config": ConfigError}
-_CLOSE_TIMEOUT_S = 10.0
 
 
 class ProcessEngineClient(EngineClient):
     """Starts `command --engine-fd N` and speaks `wire.py` with it."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], *, close_timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         super().__init__()
         self._command = tuple(command)
+        self._close_timeout_s = close_timeout_s
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -36,12 +36,16 @@ class ProcessEngineClient(EngineClient):
     async def start(self) -> None:
         """Spawn the child and wait until its model is loaded; what loading raised there is raised here."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            theirs.set_inheritable(True)
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, "--engine-fd", str(theirs.fileno()), pass_fds=(theirs.fileno(),)
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        try:
+            with theirs:
+                theirs.set_inheritable(True)
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command, "--engine-fd", str(theirs.fileno()), pass_fds=(theirs.fileno(),)
+                )
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            raise
         match await _read_message(reader):
             case ["ready", limits]:
                 self.limits = wire.decode_limits(limits)
@@ -56,25 +60,37 @@ class ProcessEngineClient(EngineClient):
         self._reading = asyncio.get_running_loop().create_task(self._read(reader))
 
     async def close(self) -> None:
-        """Ask the child to stop after its current step; kill it if it does not."""
-        if self._process is None or self._writer is None:
+        """Ask the child to stop after its current step; kill it if it does not, or if it is still loading."""
+        if self._process is None:
             return
-        if self._process.returncode is None:
-            with contextlib.suppress(ConnectionError):
-                self._writer.write(wire.pack(["stop"]))
-                await self._writer.drain()
-            try:
-                await asyncio.wait_for(self._process.wait(), _CLOSE_TIMEOUT_S)
-            except TimeoutError:
-                logger.warning("the engine process did not stop; it is killed")
-                self._process.kill()
-                await self._process.wait()
+        if self._reading is None:
+            await self._kill(self._process)  # nobody reads a "stop" there before the model is loaded
+        elif self._process.returncode is None:
+            await self._stop(self._process)
         if self._reading is not None:
             await self._reading
-        self._writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(ConnectionError):
+                await self._writer.wait_closed()
         self._fail(EngineError("the engine was closed"))
+
+    async def _stop(self, process: asyncio.subprocess.Process) -> None:
+        assert self._writer is not None
+        self._writer.write(wire.pack(["stop"]))
+        try:
+            async with asyncio.timeout(self._close_timeout_s):
+                with contextlib.suppress(ConnectionError):
+                    await self._writer.drain()
+                await process.wait()
+        except TimeoutError:
+            logger.warning("the engine process does not stop; it is killed process_id=%d", process.pid)
+            await self._kill(process)
+
+    async def _kill(self, process: asyncio.subprocess.Process) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
     @property
     def process_id(self) -> int | None:

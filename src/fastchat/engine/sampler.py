@@ -47,6 +47,8 @@ class Sampler:
     @torch.inference_mode()
     def sample(self, sequences: Rows[Sequence], logits: Tensor) -> list[SampledToken]:
         """One token for each sequence; logits float32 (len(sequences), vocab_size), which are left unchanged."""
+        if logits.device.type == "mps":  # which lacks the float64 that sums over a vocabulary need
+            logits = logits.cpu()
         is_sound = torch.isfinite(logits.amax(dim=-1)).tolist()
         wanted = [row for row, sequence in enumerate(sequences) if is_sound[row]]
         rows = logits if len(wanted) == len(sequences) else logits[wanted]

@@ -75,6 +75,11 @@ class Scheduler:
         """Whether any sequence waits or runs."""
         return bool(self.running) or len(self.queue) > 0
 
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens that waiting and running sequences have yet to compute."""
+        return self.queue.num_tokens + sum(sequence.num_uncomputed_tokens for sequence in self.running)
+
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence into the waiting queue."""
         self.queue.push(sequence)
@@ -137,14 +142,19 @@ class Scheduler:
         self.queue.push(sequence)
 
     def _admit(self, scheduled: list[ScheduledSequence], budget: int) -> None:
-        """Start waiting sequences while budget, places and blocks for their whole content last."""
+        """Start waiting sequences while budget, places and blocks for their whole content last.
+
+        A block for each running sequence stays free: who took the last ones would be preempted by the others' next
+        tokens, and its prompt would have been computed for nothing.
+        """
         while budget > 0 and len(self.running) < self._max_running:
             sequence = self.queue.peek()
             if sequence is None:
                 return
             prefix = self._find_prefix(sequence)
             num_missing = self._num_missing_blocks(sequence, len(sequence.token_ids)) - len(prefix)
-            if num_missing + self.pool.num_free_among(prefix) > self.pool.num_free_blocks:
+            num_taken = num_missing + self.pool.num_free_among(prefix)
+            if num_taken + len(self.running) > self.pool.num_free_blocks:
                 return
             self.queue.pop()
             self._start(sequence, prefix)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from fastchat.engine.client import EngineClient
+from fastchat.engine.client import CLOSE_TIMEOUT_S, ENGINE_THREAD_NAME, EngineClient
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_loop import Abort, EngineLoop, Stop
 from fastchat.engine.events import EngineStats, SequenceEvent, SequenceRequest
@@ -20,10 +20,14 @@ logger = logging.getLogger(__name__)
 class ThreadEngineClient(EngineClient):
     """Makes the engine on its thread, runs it there, and crosses into the event loop once per step."""
 
-    def __init__(self, make_engine: Callable[[], Engine], *, name: str = "engine") -> None:
+    def __init__(
+        self, make_engine: Callable[[], Engine], *, name: str = "", close_timeout_s: float = CLOSE_TIMEOUT_S
+    ) -> None:
         super().__init__()
         self._make_engine = make_engine
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._close_timeout_s = close_timeout_s
+        self._is_closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"{ENGINE_THREAD_NAME} {name}", daemon=True)
         self._engine: Engine | None = None
         self._engine_loop: EngineLoop | None = None
 
@@ -37,12 +41,18 @@ class ThreadEngineClient(EngineClient):
         self._failure = None
 
     async def close(self) -> None:
-        """Stop after the current step."""
+        """Stop after the current step. A thread cannot be killed: one that does not end in time is left to itself."""
+        self._is_closing.set()
         if self._engine_loop is None:
             return
         self._engine_loop.inbox.put(Stop())
-        await self._has_ended.wait()
-        await asyncio.to_thread(self._thread.join)
+        try:
+            await asyncio.wait_for(self._has_ended.wait(), self._close_timeout_s)
+        except TimeoutError:
+            logger.warning("the engine does not stop; its thread is left behind name=%s", self._thread.name)
+            self._end(EngineError("the engine was closed"))
+        else:
+            await asyncio.to_thread(self._thread.join)
 
     @property
     def stats(self) -> EngineStats:
@@ -60,25 +70,37 @@ class ThreadEngineClient(EngineClient):
     def _run(self) -> None:
         """The thread: make the engine, run it, report its end."""
         try:
-            self._engine = self._make_engine()
+            engine = self._make_engine()
         except BaseException as error:  # noqa: BLE001 - whatever it is, `start` raises it
-            self._cross(self._started.set_exception, error)
+            self._cross(self._refuse_start, error)
             return
-        self.limits = self._engine.limits
-        self._engine_loop = EngineLoop(self._engine, self._emit)
-        self._cross(self._deliver, [], self._engine.stats)
-        self._cross(self._started.set_result, None)
+        self.limits = engine.limits
+        self._engine, self._engine_loop = engine, EngineLoop(engine, self._emit)
         failure = EngineError("the engine was closed")
+        if self._is_closing.is_set():  # `close` came while the model was loading, and did not wait
+            self._cross(self._refuse_start, failure)
+            self._cross(self._end, failure)
+            return
+        self._cross(self._deliver, [], engine.stats)
+        self._cross(self._accept_start)
         try:
             self._engine_loop.run()
         except Exception:  # the top of the engine's thread: its requests must hear of it
             logger.exception("the engine died")
             failure = EngineError("the engine died; its log has the cause")
-        self._engine = None
         self._cross(self._end, failure)
+
+    def _accept_start(self) -> None:
+        if not self._started.done():
+            self._started.set_result(None)
+
+    def _refuse_start(self, error: BaseException) -> None:
+        if not self._started.done():
+            self._started.set_exception(error)
 
     def _end(self, failure: EngineError) -> None:
         self._fail(failure)
+        self._engine = self._engine_loop = None  # they hold the weights
         self._has_ended.set()
 
     def _emit(self, events: list[SequenceEvent], stats: EngineStats) -> None:

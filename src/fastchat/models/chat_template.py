@@ -63,6 +63,7 @@ class NoChatFormat:
     roles = ("user", "assistant")
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
+    message_fields: frozenset[str] = frozenset()
     strips_leading_space = False
 
     def __init__(self, model_name: str) -> None:

@@ -86,10 +86,9 @@ def check_config(config: Config) -> None:
             raise UnsupportedModelError(
                 f"config.json: {option} is {config[option]!r}, but only {supported} runs here for chatglm"
             )
-    for name in (*CONFIG_NAMES, "rope_ratio"):
+    optional = [] if config.get("rope_ratio") is None else ["rope_ratio"]
+    for name in (*CONFIG_NAMES, *optional):
         value = config.get(name)
-        if name == "rope_ratio" and value is None:
-            continue
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
             raise UnsupportedModelError(f"config.json: {name} must be a positive number, not {value!r}")
 

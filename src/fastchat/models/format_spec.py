@@ -100,9 +100,17 @@ class FormatSpec:
     @property
     def token_names(self) -> frozenset[str]:
         """Every special token that the format needs."""
+        return frozenset(piece.name for piece in self._pieces if isinstance(piece, TokenPiece)) | set(self.stop_tokens)
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Every field that the format's pieces have."""
+        return frozenset(part for piece in self._pieces if isinstance(piece, TextPiece) for part in piece.parts[1::2])
+
+    @property
+    def _pieces(self) -> list[Piece]:
         groups = (self.user, self.assistant, self.assistant_end, self.generation, self.system, self.observation)
-        pieces = [piece for group in groups for piece in group or ()]
-        return frozenset(piece.name for piece in pieces if isinstance(piece, TokenPiece)) | set(self.stop_tokens)
+        return [piece for group in groups for piece in group or ()]
 
 
 @cache

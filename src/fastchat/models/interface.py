@@ -76,6 +76,10 @@ class ChatFormat(Protocol):
         """Ids that end an answer, beside the checkpoint's own."""
 
     @property
+    def message_fields(self) -> frozenset[str]:
+        """What a prompt shows of a message beside role and content: some of name, metadata, tool_call_id."""
+
+    @property
     def strips_leading_space(self) -> bool:
         """Whether white space at the start of an answer is dropped (ChatGLM)."""
 

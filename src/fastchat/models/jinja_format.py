@@ -52,6 +52,7 @@ class JinjaFormat:
         self._source = source
         self._special_tokens = dict(special_tokens)
         self._strips_leading_space = strips_leading_space
+        self._message_fields = frozenset().union(*(_fields_read(environment, text) for text in templates.values()))
         self._knows_developer = "developer" in literals
         soft_ids = {
             name: token_id
@@ -84,6 +85,10 @@ class JinjaFormat:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         return self._stop_token_ids
+
+    @property
+    def message_fields(self) -> frozenset[str]:
+        return self._message_fields
 
     @property
     def strips_leading_space(self) -> bool:
@@ -128,7 +133,15 @@ class JinjaFormat:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             reason = " ".join(str(error).split())[:300]
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {reason}", param="messages", code="invalid_value"
@@ -163,6 +176,14 @@ def _literals_of(environment: ImmutableSandboxedEnvironment, template: str) -> s
     texts = [node.data for node in tree.find_all(nodes.TemplateData)]
     constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
     return "\0".join(texts + constants)
+
+
+def _fields_read(environment: ImmutableSandboxedEnvironment, template: str) -> set[str]:
+    """The names that a template reads of a variable, as `message.name` or `message['name']`."""
+    tree = environment.parse(template)
+    read = {node.attr for node in tree.find_all(nodes.Getattr) if isinstance(node.node, nodes.Name)}
+    keys = [node.arg for node in tree.find_all(nodes.Getitem) if isinstance(node.node, nodes.Name)]
+    return read | {key.value for key in keys if isinstance(key, nodes.Const) and isinstance(key.value, str)}
 
 
 def _writes(literals: str, token: str) -> bool:

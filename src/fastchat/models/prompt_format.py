@@ -9,6 +9,7 @@ Rules for conversations that are out of the ordinary:
 - Empty content is written as such.
 - A conversation that ends with the assistant's message leaves it open when no generation prompt is asked for (the model
   continues it); otherwise a new answer is opened after it.
+- Of a message's other fields only `metadata` is written, where a format's pieces have it (`message_fields` says so).
 - `developer` is `system`; `tool` and `function` are `observation`. A role that a format cannot express is refused.
 """
 
@@ -53,6 +54,10 @@ class PromptFormat:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         return frozenset(self._token_ids[name] for name in self._spec.stop_tokens)
+
+    @property
+    def message_fields(self) -> frozenset[str]:
+        return self._spec.fields & {"metadata"}
 
     @property
     def strips_leading_space(self) -> bool:

@@ -8,13 +8,17 @@ Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from fastchat.cluster.token import load_cluster_token, read_token_file
 from fastchat.config import Environment, TlsFiles, parse_host, parse_port, parse_url
+from fastchat.engine.client import ENGINE_THREAD_NAME
 from fastchat.errors import CheckpointError, ConfigError, FastChatError, UnavailableError
 from fastchat.supervisor.parent_link import tell_error, watch_parent
 
@@ -114,13 +118,14 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """
     try:
         watch_parent()
-        sys.exit(main(None))
+        exit_code = main(None)
     except FastChatError as error:
         if not tell_error(error.message):
             sys.stderr.write(f"error: {error.message}\n")
-        sys.exit(exit_code_of(error))
+        exit_code = exit_code_of(error)
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        exit_code = EXIT_INTERRUPTED
+    _leave(exit_code)
 
 
 def exit_code_of(error: FastChatError) -> int:
@@ -128,6 +133,19 @@ def exit_code_of(error: FastChatError) -> int:
     if isinstance(error, ConfigError | CheckpointError):
         return EXIT_USAGE
     return EXIT_UNAVAILABLE if isinstance(error, UnavailableError) else EXIT_FAILURE
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End the process; at once where an engine's thread is still inside torch (loading, or hung in a step).
+
+    The interpreter's own end would take such a thread down in the middle of its work, and torch then aborts.
+    """
+    if any(thread.name.startswith(ENGINE_THREAD_NAME) for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

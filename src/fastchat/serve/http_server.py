@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -10,6 +11,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -95,13 +97,13 @@ def run_server(
         ssl_keyfile=tls.keyfile if tls else None,
         ssl_certfile=tls.certfile if tls else None,
     )
-    server = _Server(config, listeners, on_stop)
+    server = _Server(config, listeners, guarded, on_stop)
     try:
         server.run(sockets=list(listeners.sockets))
     except SystemExit:  # uvicorn's way to say that start-up failed; the log has the cause
         if guarded.error is not None:
             raise guarded.error from None
-        return EXIT_FAILURE
+        return 0 if guarded.was_cancelled else EXIT_FAILURE
     return EXIT_INTERRUPTED if server.force_exit else 0
 
 
@@ -109,13 +111,25 @@ class _Server(uvicorn.Server):
     """Says where it runs although it is given sockets, and ends without raising the signal again."""
 
     def __init__(
-        self, config: uvicorn.Config, listeners: Listeners, on_stop: Callable[[], Awaitable[None]] | None
+        self,
+        config: uvicorn.Config,
+        listeners: Listeners,
+        start_up: _StartUpGuard,
+        on_stop: Callable[[], Awaitable[None]] | None,
     ) -> None:
         super().__init__(config)
         self._listeners = listeners
+        self._start_up = start_up
         self._on_stop = on_stop
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._event_loop is not None:
+            self._event_loop.call_soon_threadsafe(self._start_up.cancel)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._event_loop = asyncio.get_running_loop()
         try:
             await super().startup(sockets=sockets)
         except OSError as error:
@@ -144,11 +158,22 @@ class _Server(uvicorn.Server):
 
 
 class _StartUpGuard:
-    """Keeps an error on purpose of the app's start-up, so that it ends as one line and not as a traceback."""
+    """Keeps an error on purpose of the app's start-up, so that it ends as one line and not as a traceback.
+
+    A start-up may take minutes (a model is loaded); `cancel` ends one that is still under way.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._starting: asyncio.Task[None] | None = None
         self.error: FastChatError | None = None
+        self.was_cancelled = False
+
+    def cancel(self) -> None:
+        """End the start-up, if it is under way."""
+        if self._starting is not None and not self.was_cancelled:
+            self.was_cancelled = True
+            self._starting.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -158,15 +183,21 @@ class _StartUpGuard:
         failures: list[Message] = []
 
         async def send_or_keep(message: Message) -> None:
+            self._starting = None
             if message["type"] == "lifespan.startup.failed":
                 failures.append(message)  # held back until we know whether the error was on purpose
             else:
                 await send(message)
 
+        self._starting = asyncio.current_task()
         try:
             await self._app(scope, receive, send_or_keep)
         except FastChatError as error:
             self.error = error
+            failures = [{"type": "lifespan.startup.failed", "message": ""}]
+        except asyncio.CancelledError:
+            if not self.was_cancelled:
+                raise
             failures = [{"type": "lifespan.startup.failed", "message": ""}]
         finally:
             for message in failures:

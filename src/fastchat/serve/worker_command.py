@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 
 from fastchat.config import read_environment
+from fastchat.errors import EngineError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import tls_files
@@ -28,6 +30,9 @@ def run_worker(process_name: str, arguments: argparse.Namespace, models: tuple[M
     from fastchat.worker.app import create_worker_app
     from fastchat.worker.life_cycle import WorkerRuntime
 
-    app = create_worker_app(config)
+    app = create_worker_app(config, end_process=lambda: signal.raise_signal(signal.SIGTERM))
     runtime: WorkerRuntime = app.state.runtime
-    return run_server(app, listeners, tls=tls, on_stop=runtime.drain)
+    exit_code = run_server(app, listeners, tls=tls, on_stop=runtime.drain)
+    if runtime.has_failed:
+        raise EngineError("an engine died, and with it this worker; the log above has the cause, start it again.")
+    return exit_code

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -15,9 +15,12 @@ from fastchat.worker.life_cycle import WorkerRuntime
 from fastchat.worker.routes import OPEN_PATHS, WorkerRoutes
 
 
-def create_worker_app(config: WorkerConfig) -> Starlette:
-    """An app that loads its models when it starts; `app.state.runtime` is the `WorkerRuntime`."""
-    runtime = WorkerRuntime(config)
+def create_worker_app(config: WorkerConfig, *, end_process: Callable[[], None] = lambda: None) -> Starlette:
+    """An app that loads its models when it starts; `app.state.runtime` is the `WorkerRuntime`.
+
+    `end_process` is called when it can serve no more, see there.
+    """
+    runtime = WorkerRuntime(config, end_process=end_process)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

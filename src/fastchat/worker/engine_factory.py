@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from fastchat.errors import ConfigError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.weights import load_model
 from fastchat.worker.config import Device, DType, EngineSpec
+from fastchat.worker.host_memory import available_bytes
 
 _GIB = 2**30
 _CPU_CACHE_BYTES = 4 * _GIB
@@ -28,7 +28,8 @@ _GPU_SHARE = 0.9
 class EnginePlan:
     """Everything an engine is made from, with the device decided; it crosses a process border as JSON.
 
-    `reserved_bytes` is what models that are loaded later will take; `num_sharers` divide the free memory after that.
+    `reserved_bytes` is what models that are loaded later will take; `num_sharers` (this model and those) divide the
+    free memory after that. `num_before` models of this worker are there already.
     """
 
     path: str
@@ -41,9 +42,12 @@ class EnginePlan:
     max_device_bytes: int | None = None
     reserved_bytes: int = 0
     num_sharers: int = 1
+    num_before: int = 0
 
     @classmethod
-    def of(cls, path: Path, spec: EngineSpec, *, reserved_bytes: int = 0, num_sharers: int = 1) -> EnginePlan:
+    def of(
+        cls, path: Path, spec: EngineSpec, *, reserved_bytes: int = 0, num_sharers: int = 1, num_before: int = 0
+    ) -> EnginePlan:
         """The plan of one model of a worker."""
         return cls(
             path=str(path),
@@ -56,6 +60,7 @@ class EnginePlan:
             max_device_bytes=spec.max_device_bytes,
             reserved_bytes=reserved_bytes,
             num_sharers=num_sharers,
+            num_before=num_before,
         )
 
     def to_json(self) -> str:
@@ -102,8 +107,9 @@ def engine_maker(plan: EnginePlan) -> Callable[[], Engine]:
 def _cache_bytes(plan: EnginePlan, model: PreTrainedModel) -> int:
     """A fair share of what is free once the weights are in place. Raises `ConfigError` where nothing is."""
     if plan.device == "cpu":
-        free = int(_free_host_bytes() * _CPU_SHARE)
-        return max(1, min(_CPU_CACHE_BYTES, free) // plan.num_sharers)
+        # The caches of the models before take their memory only as they fill, so they still count as free.
+        free = int((available_bytes() - plan.reserved_bytes) * _CPU_SHARE)
+        return max(1, min(_CPU_CACHE_BYTES, free) // (plan.num_before + plan.num_sharers))
     free = int(_free_device_bytes(plan.device) * _GPU_SHARE) - plan.reserved_bytes
     if plan.max_device_bytes is not None:
         free = min(free, (plan.max_device_bytes - _weight_bytes(model)) * plan.num_sharers)
@@ -113,10 +119,6 @@ def _cache_bytes(plan: EnginePlan, model: PreTrainedModel) -> int:
             "give --max-gpu-memory more, or use --device cpu."
         )
     return free // plan.num_sharers
-
-
-def _free_host_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _free_device_bytes(device: Device) -> int:

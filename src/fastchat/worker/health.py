@@ -9,6 +9,8 @@ from fastchat.api.served_model import ServedModel
 from fastchat.cluster.contract import Load
 from fastchat.engine.events import EngineStats
 
+ENGINE_DIED = "an engine died"
+
 
 @dataclass(slots=True)
 class _Watch:
@@ -55,7 +57,7 @@ class EngineHealth:
 
     def _look(self, watch: _Watch) -> str | None:
         if not watch.model.engine.is_alive:
-            return "an engine died"
+            return ENGINE_DIED
         now = self._clock()
         progress = watch.stats.progress
         if progress != watch.progress or watch.num_pending == 0:

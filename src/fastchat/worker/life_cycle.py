@@ -17,7 +17,7 @@ from fastchat.cluster.registration import ControlConnection
 from fastchat.errors import UnavailableError
 from fastchat.ops.metrics import EngineCondition, RequestFinished, WorkerMetrics
 from fastchat.worker.config import WorkerConfig
-from fastchat.worker.health import EngineHealth
+from fastchat.worker.health import ENGINE_DIED, EngineHealth
 from fastchat.worker.loaded_model import open_models
 
 WATCH_INTERVAL_S = 1.0
@@ -26,10 +26,22 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class WorkerRuntime:
-    """The living parts of one worker. `models` and what depends on them is there while `running` lasts."""
+    """The living parts of one worker. `models` and what depends on them is there while `running` lasts.
 
-    def __init__(self, config: WorkerConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+    When an engine dies the worker leaves the cluster, `has_failed` is true and `end_process` is called, once: whoever
+    runs the process ends it in order, as after a signal, and with a failure's exit code, so that it is started again.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        end_process: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config = config
+        self.has_failed = False
+        self._end_process = end_process
         self.worker_id = secrets.token_hex(8)
         self.models = ServedModels(())
         self.metrics = WorkerMetrics(())
@@ -159,8 +171,11 @@ class WorkerRuntime:
         while True:
             problem = self.health.problem()
             if problem is not None and problem != told:
-                _log.error(f"{problem}; restart this worker", worker_id=self.worker_id)
+                remedy = "this worker ends" if problem == ENGINE_DIED else "restart this worker"
+                _log.error(f"{problem}; {remedy}", worker_id=self.worker_id)
             told = problem
-            if not self._is_draining and not all(model.engine.is_alive for model in self._loaded):
+            if not self.has_failed and not all(model.engine.is_alive for model in self._loaded):
+                self.has_failed = True
                 await self.drain()
+                self._end_process()
             await asyncio.sleep(WATCH_INTERVAL_S)

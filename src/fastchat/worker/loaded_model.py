@@ -80,6 +80,7 @@ def open_models(config: WorkerConfig) -> list[OpenedModel]:
             config.engine,
             reserved_bytes=sum(sizes[number + 1 :]) + config.engine.num_later_weight_bytes,
             num_sharers=len(checkpoints) - number + config.engine.num_later_models,
+            num_before=number,
         )
         opened.append(_open_model(spec, names[number], checkpoint, _make_client(config, plan)))
     return opened
@@ -103,7 +104,7 @@ def _make_client(config: WorkerConfig, plan: EnginePlan) -> EngineClient:
     place = config.engine.engine_place
     if place == "process" or (place == "auto" and plan.device == "cuda"):
         return ProcessEngineClient(engine_command(plan))
-    return ThreadEngineClient(engine_maker(plan), name=f"engine {Path(plan.path).name}")
+    return ThreadEngineClient(engine_maker(plan), name=Path(plan.path).name)
 
 
 def _check_names(names: Sequence[tuple[str, ...]]) -> None:

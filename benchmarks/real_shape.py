@@ -1,0 +1,156 @@
+"""One model of real size on this machine: reading, loading, memory, first answer, speed.
+
+    python benchmarks/make_checkpoint.py /tmp/chatglm2-6b
+    python benchmarks/real_shape.py /tmp/chatglm2-6b
+    python benchmarks/real_shape.py /tmp/chatglm2-6b --cold           drops the page cache first (needs root)
+
+Memory is the peak of the process's anonymous pages (`RssAnon`), sampled; the files' own pages belong to the system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fastchat.engine.engine import Engine, EngineConfig
+from fastchat.engine.events import SequenceRequest
+from fastchat.engine.sampling_params import SamplingParams
+from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.weights import load_model
+
+GB = 1e9
+
+
+def anonymous_bytes() -> int:
+    """This process's anonymous memory now."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Samples anonymous memory; the list's one item is the peak in bytes."""
+    peak = [anonymous_bytes()]
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.02):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        sampler.join()
+
+
+def read_files(folder: Path) -> tuple[int, float]:
+    """Bytes of the weight files and the seconds it takes to read them, one after the other."""
+    num_bytes = 0
+    buffer = bytearray(16 * 2**20)
+    began = time.perf_counter()
+    for path in sorted([*folder.glob("*.bin"), *folder.glob("*.safetensors")]):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                num_bytes += count
+    return num_bytes, time.perf_counter() - began
+
+
+def drop_page_cache() -> None:
+    """So that files are read from the disk again."""
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def run(engine: Engine, requests: list[SequenceRequest]) -> tuple[float, float, int]:
+    """Seconds until every request has its first token, seconds after that, tokens after that."""
+    for request in requests:
+        engine.add(request)
+    began = time.perf_counter()
+    waiting = {request.sequence_id for request in requests}
+    first_s, num_later = 0.0, 0
+    while engine.has_work:
+        events = engine.step()
+        if waiting:
+            waiting -= {event.sequence_id for event in events}
+            first_s = time.perf_counter() - began
+        else:
+            num_later += sum(len(event.token_ids) for event in events)
+    return first_s, time.perf_counter() - began - first_s, num_later
+
+
+def request(name: str, num_prompt: int, num_answer: int, *, embeds: bool = False) -> SequenceRequest:
+    """A prompt that shares nothing with others, a greedy answer of exactly so many tokens."""
+    generator = torch.Generator().manual_seed(hash_of(name))
+    prompt = torch.randint(300, 30000, (num_prompt,), generator=generator).tolist()
+    sampling = SamplingParams(max_tokens=num_answer, temperature=0.0, ignore_eos=True)
+    return SequenceRequest(name, tuple(prompt), sampling, wants_embedding=embeds)
+
+
+def hash_of(name: str) -> int:
+    """The same number for a name in every run."""
+    return int.from_bytes(name.encode()[:6], "big")
+
+
+def main() -> None:
+    """Measure one thing after the other and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", default="bfloat16", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--cold", action="store_true", help="drop the page cache before reading and before loading")
+    parser.add_argument("--long", type=int, default=8000, help="tokens of the long prompt; 0 leaves it out")
+    flags = parser.parse_args()
+
+    if flags.cold:
+        drop_page_cache()
+    num_bytes, seconds = read_files(flags.folder)
+    print(
+        f"reading          {num_bytes / GB:.2f} GB in {seconds:.1f} s, {num_bytes / GB / seconds:.2f} GB/s", flush=True
+    )
+    if flags.cold:
+        drop_page_cache()
+
+    before = anonymous_bytes()
+    with peak_memory() as peak:
+        began = time.perf_counter()
+        model = load_model(Checkpoint.open(flags.folder), device="cpu", dtype=flags.dtype)
+        seconds = time.perf_counter() - began
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    print(f"loading          {seconds:.1f} s, {num_bytes / GB / seconds:.2f} GB/s, as {model.dtype}")
+    print(
+        f"memory           weights {held / GB:.2f} GB, peak {peak[0] / GB:.2f} GB, before loading {before / GB:.2f} GB"
+    )
+
+    engine = Engine(model, EngineConfig(max_context=9000, kv_cache_bytes=2**30))
+    with peak_memory() as peak:
+        run(engine, [request("warm", 8, 2)])
+        first_s, later_s, num_later = run(engine, [request("one", 128, 32)])
+        print(
+            f"one stream       first token of 128 after {first_s:.2f} s, then {num_later / later_s:.2f} tokens/s",
+            flush=True,
+        )
+        rate = num_later / later_s
+        print(f"                 {rate * held / GB:.1f} GB/s of weights read")
+        first_s, later_s, num_later = run(engine, [request(f"eight-{i}", 128, 32) for i in range(8)])
+        print(
+            f"eight streams    first tokens of 8 x 128 after {first_s:.2f} s, then {num_later / later_s:.2f} tokens/s",
+            flush=True,
+        )
+        first_s, _, _ = run(engine, [request("vector", 128, 0, embeds=True)])
+        print(f"embedding        of 128 tokens in {first_s:.2f} s", flush=True)
+        if flags.long:
+            first_s, later_s, num_later = run(engine, [request("long", flags.long, 8)])
+            print(f"long prompt      {flags.long} tokens in {first_s:.1f} s, {flags.long / first_s:.1f} tokens/s,")
+            print(f"                 then {num_later / later_s:.2f} tokens/s at that context")
+    print(f"memory           peak while computing {peak[0] / GB:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A start-up that takes long, because a model is loaded, is ended by a signal like everything else."""
+
+import signal
+import sys
+
+import pytest
+
+from tests.processes import ServerProcess
+
+PROGRAM = """
+import asyncio, logging, threading
+from contextlib import asynccontextmanager
+from starlette.applications import Starlette
+from fastchat.engine.client import ENGINE_THREAD_NAME
+from fastchat.serve.arguments import run_command
+from fastchat.serve.http_server import bind_listeners, run_server
+
+logging.basicConfig(level="INFO")
+threading.Thread(target=threading.Event().wait, name=ENGINE_THREAD_NAME, daemon=True).start()
+
+@asynccontextmanager
+async def lifespan(app):
+    try:
+        await asyncio.Event().wait()
+        yield
+    finally:
+        print("cleaned up")
+
+run_command(lambda _: run_server(Starlette(lifespan=lifespan), bind_listeners("localhost", 0)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_start_up_that_is_under_way(number):
+    """At once, with exit code 0, its resources given back, although a thread is still at work."""
+    with ServerProcess([sys.executable, "-c", PROGRAM]) as process:
+        process.wait_for_line("Waiting for application startup")
+        process.signal(number)
+        assert process.wait(limit_s=10) == 0
+        assert "cleaned up" in process.log
+        assert "Traceback" not in process.log
