@@ -166,14 +166,16 @@ class _StartUpGuard:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._starting: asyncio.Task[None] | None = None
+        self._has_settled = False
         self.error: FastChatError | None = None
         self.was_cancelled = False
 
     def cancel(self) -> None:
-        """End the start-up, if it is under way."""
-        if self._starting is not None and not self.was_cancelled:
+        """End the start-up, if it is under way or has yet to begin."""
+        if not self._has_settled and not self.was_cancelled:
             self.was_cancelled = True
-            self._starting.cancel()
+            if self._starting is not None:
+                self._starting.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -183,7 +185,7 @@ class _StartUpGuard:
         failures: list[Message] = []
 
         async def send_or_keep(message: Message) -> None:
-            self._starting = None
+            self._has_settled = True
             if message["type"] == "lifespan.startup.failed":
                 failures.append(message)  # held back until we know whether the error was on purpose
             else:
@@ -191,6 +193,8 @@ class _StartUpGuard:
 
         self._starting = asyncio.current_task()
         try:
+            if self.was_cancelled:
+                raise asyncio.CancelledError  # the signal was quicker  # noqa: TRY301 - one way out for both
             await self._app(scope, receive, send_or_keep)
         except FastChatError as error:
             self.error = error
