@@ -1,5 +1,7 @@
 """Both kernels against attention written out, over adjacent and scattered blocks."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -86,3 +88,27 @@ def test_kernels_equal_attention_written_out(kernel, window):
         rows = slice(span.query_start, span.query_start + span.num_queries)
         expected = written_out(query[:, rows], keys[:, slots], values[:, slots], window)
         torch.testing.assert_close(output[rows], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_an_unused_cache_costs_no_memory():
+    """A large KV cache on CPU takes memory as it is written, not when it is made."""
+
+    def anonymous_bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    before = anonymous_bytes()
+    cache = KVCacheTensors(
+        num_layers=4,
+        num_kv_heads=2,
+        head_dim=64,
+        num_blocks=4000,
+        block_size=128,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    keys, _ = cache.layer(0)
+    assert keys.nbytes > 2**26
+    assert not keys[:, :128].any()
+    assert anonymous_bytes() - before < 2**26

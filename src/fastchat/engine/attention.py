@@ -15,10 +15,12 @@ are never copied per query head. Letters: H query heads, K KV heads, G = H / K, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -41,14 +43,23 @@ class KVCacheTensors:
         device: torch.device,
     ) -> None:
         self.block_size = block_size
-        # Zeros, because a padded read may touch a slot that was never written, and 0 * NaN is NaN. On CPU the pages
-        # of zeros cost no memory until they are written.
         shape = (num_layers, 2, num_kv_heads, num_blocks * block_size, head_dim)
-        self._tensors = torch.zeros(shape, dtype=dtype, device=device)
+        self._tensors = _zeros(shape, dtype, device)
 
     def layer(self, layer_index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each (num_kv_heads, num_slots, head_dim)."""
         return self._tensors[layer_index, 0], self._tensors[layer_index, 1]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, because a padded read may touch a slot that was never written, and 0 * NaN is NaN.
+
+    On CPU they come from numpy, whose zeros are pages that cost no memory until they are written; torch writes its own.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(slots=True)
