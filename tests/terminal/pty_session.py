@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -71,6 +72,17 @@ class PtySession:
                 self._read_up_to = match.end()
                 return match
             assert self._read(deadline - time.monotonic()), f"no {pattern!r} on the screen:\n{self.screen}"
+
+    def press_until_end(self, key: str) -> int:
+        """Press a key until the program ends; the exit code. Between two prompts a terminal swallows what is typed."""
+        deadline = time.monotonic() + LIMIT_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # it has just ended
+                self.type(key)
+            pause_ends = time.monotonic() + 0.5
+            while self._read(pause_ends - time.monotonic()):
+                pass
+        return self.wait()
 
     def wait(self) -> int:
         """Read to the end; the exit code."""

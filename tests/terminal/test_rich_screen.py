@@ -63,5 +63,4 @@ def test_session_with_history_and_ctrl_c(model_folder):
         session.wait_for("half a line")
         session.type(CTRL_C)
         session.wait_for("问:")
-        session.type(CTRL_D)
-        assert session.wait() == 0
+        assert session.press_until_end(CTRL_D) == 0
