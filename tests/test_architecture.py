@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "fastchat"
 LAYERS = [
     {"errors"},
     {"config"},
+    {"native"},
     {"engine", "models", "ops", "cluster"},
     {"api"},
     {"worker", "gateway", "supervisor", "terminal"},
@@ -18,6 +19,7 @@ LAYERS = [
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 ALLOWED_ROOTS = {
+    "native": {"torch"},
     "engine": {"torch", "transformers", "tokenizers", "numpy"},
     "models": {"torch", "transformers", "tokenizers", "numpy", "safetensors", "sentencepiece", "jinja2", "tqdm"},
 }
