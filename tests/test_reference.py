@@ -9,6 +9,7 @@ from fastchat.engine.engine import Engine, EngineConfig
 from fastchat.engine.events import SequenceRequest
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.lean import make_lean
 from fastchat.models.weights import load_model
 from tests.reference import FOLDER, NAMES, Case, cases, needs_reference
 from tests.system import running_system
@@ -24,7 +25,9 @@ def checkpoint(request) -> str:
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    return load_model(Checkpoint.open(FOLDER / checkpoint), device="cpu", dtype="float32")
+    model = load_model(Checkpoint.open(FOLDER / checkpoint), device="cpu", dtype="float32")
+    make_lean(model)
+    return model
 
 
 @pytest.mark.parametrize("max_batch_tokens", [7, 512])

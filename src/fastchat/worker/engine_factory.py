@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fastchat.engine.engine import Engine, EngineConfig
 from fastchat.errors import ConfigError
 from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.lean import make_lean
 from fastchat.models.weights import load_model
 from fastchat.worker.config import Device, DType, EngineSpec
 from fastchat.worker.host_memory import available_bytes
@@ -88,6 +89,7 @@ def make_engine(plan: EnginePlan) -> Engine:
     """Load the model and build its engine; slow. Raises `CheckpointError` or `ConfigError` in one line."""
     checkpoint = Checkpoint.open(Path(plan.path))
     model = load_model(checkpoint, device=plan.device, dtype=plan.dtype)
+    make_lean(model)
     config = EngineConfig(
         max_context=min(plan.max_context or checkpoint.max_context, checkpoint.max_context),
         kv_cache_bytes=plan.kv_cache_bytes or _cache_bytes(plan, model),
