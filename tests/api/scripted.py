@@ -19,6 +19,7 @@ EOS = 256
 USER = 257
 PIECES = {258: b"\xe4\xbd", 259: b"\xa0x", 260: b"sto", 261: b"p!", 262: b"  ", 263: "你好".encode(), 264: b"abab"}
 VOCAB_SIZE = 280
+EMBEDDING_SIZE = 4
 MAX_CONTEXT = 200
 CREATED = 1_700_000_000
 
@@ -78,7 +79,7 @@ class ScriptedEngine(EngineClient):
         max_context: int = MAX_CONTEXT,
     ) -> None:
         super().__init__()
-        self.limits = EngineLimits(max_context, 100, 16, VOCAB_SIZE, "cpu", "float32")
+        self.limits = EngineLimits(max_context, 100, 16, VOCAB_SIZE, EMBEDDING_SIZE, "cpu", "float32")
         self.requests: list[SequenceRequest] = []
         self.is_paused = False
         self._script = script

@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastchat.api.embeddings import prepare_embeddings
+from fastchat.api.request_context import RequestContext
 from fastchat.errors import InvalidRequestError
 from tests.api.scripted import (
+    EMBEDDING_SIZE,
     EOS,
     PIECES,
     USER,
@@ -256,3 +259,18 @@ def test_template_stop_strings_count_unless_eos_is_ignored():
         assert text_of(full["choices"][0]) == "a<end>b"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("dimensions", "is_refused"), [(EMBEDDING_SIZE, False), (2, True), (EMBEDDING_SIZE * 2, True)])
+def test_dimensions_are_checked_before_anything_is_computed(dimensions, is_refused):
+    """Nobody pays for vectors that will be refused."""
+    engine = ScriptedEngine(lambda _: ())
+    document = {"model": "toy", "input": ["a", "b"], "dimensions": dimensions}
+    prepared = prepare_embeddings(served(engine), document, RequestContext("r1", 1), lambda _: None)
+    if is_refused:
+        with pytest.raises(InvalidRequestError, match=f"must be {EMBEDDING_SIZE}") as caught:
+            asyncio.run(prepared)
+        assert caught.value.param == "dimensions"
+    else:
+        asyncio.run(prepared)
+    assert engine.requests == []

@@ -40,6 +40,7 @@ async def prepare_embeddings(
     """A checked and tokenized request; nothing runs yet. Raises `RequestError`."""
     body, ignored = parse_body(EmbeddingRequest, document)
     model = models.find(body.model)
+    _check_dimensions(body.dimensions, model)
     inputs = [_fitted(model, await prompt_ids(model, text, param="input")) for text in body.input]
     return EmbeddingAnswer(model, body, context, inputs=inputs, ignored=ignored, on_record=on_record)
 
@@ -123,13 +124,6 @@ class EmbeddingAnswer:
         ]
 
     def _written(self, vector: Vector) -> str | Vector:
-        wanted = self._body.dimensions
-        if wanted is not None and wanted != len(vector):
-            raise InvalidRequestError(
-                f"dimensions must be {len(vector)}: this model's vectors cannot be shortened.",
-                param="dimensions",
-                code="invalid_value",
-            )
         if self._as_base64:
             return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")
         return vector
@@ -150,6 +144,16 @@ def _normalised(vector: Vector) -> Vector:
     """The same direction with length 1; a vector of zeros stays."""
     length = math.sqrt(math.fsum(value * value for value in vector))
     return tuple(value / length for value in vector) if length else vector
+
+
+def _check_dimensions(wanted: int | None, model: ServedModel) -> None:
+    size = model.engine.limits.embedding_size
+    if wanted is not None and wanted != size:
+        raise InvalidRequestError(
+            f"dimensions must be {size}: this model's vectors cannot be shortened.",
+            param="dimensions",
+            code="invalid_value",
+        )
 
 
 def _fitted(model: ServedModel, token_ids: tuple[int, ...]) -> tuple[int, ...]:

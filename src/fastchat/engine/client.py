@@ -22,12 +22,16 @@ CLOSE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What an engine can hold. `max_context` is in tokens, prompt and answer together; `device` as torch names it."""
+    """What an engine can hold. `max_context` is in tokens, prompt and answer together; `device` as torch names it.
+
+    `embedding_size` is the length of the vectors that it gives.
+    """
 
     max_context: int
     num_blocks: int
     block_size: int
     vocab_size: int
+    embedding_size: int
     device: str
     dtype: str
 

@@ -71,6 +71,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=block_size,
             vocab_size=self._runner.vocab_size,
+            embedding_size=model.config.hidden_size,
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
         )
