@@ -28,14 +28,20 @@ class LoopThread:
         self.loop.close()
 
     @contextmanager
-    def serve(self, app, port=0, *, on_stop=None):
+    def serve(self, app, port=0, *, on_stop=None, http="auto"):
         """The URL of `app` while the block runs; its lifespan runs too. `on_stop` ends its endless streams."""
         # With the protocol named, or asyncio leaves Nagle on and every answer takes 40 ms.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="on", ws="websockets-sansio", timeout_graceful_shutdown=3
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            http=http,
+            ws="websockets-sansio",
+            timeout_graceful_shutdown=3,
         )
         server = Server(config, on_stop)
         serving = asyncio.run_coroutine_threadsafe(server.serve([listener]), self.loop)

@@ -20,6 +20,7 @@ from fastchat.config import TlsFiles, internal_url
 from fastchat.errors import ConfigError, FastChatError, UnavailableError
 from fastchat.ops.access_log import AccessLog
 from fastchat.serve.arguments import EXIT_FAILURE, EXIT_INTERRUPTED
+from fastchat.serve.http_protocol import LimitedHttpProtocol
 from fastchat.supervisor.parent_link import tell_ready
 
 GRACE_S = 10
@@ -83,7 +84,7 @@ def run_server(
         guarded,
         host=listeners.host,
         port=listeners.port,
-        http="httptools",
+        http=LimitedHttpProtocol,
         ws="websockets-sansio",
         ws_max_size=MAX_WEBSOCKET_MESSAGE_BYTES,
         ws_per_message_deflate=False,
