@@ -343,7 +343,7 @@ def test_api_server_s_flags_are_handed_on():
 def test_ready_block_with_keys_shows_none():
     """It says where the key goes, and the curl line sends it."""
     block = ready_block("http://127.0.0.1:8000", ["it's"], has_keys=True)
-    assert "export OPENAI_API_KEY='<one of your --api-keys>'" in block
+    assert "export OPENAI_API_KEY='<one of your API keys>'" in block
     assert '-H "Authorization: Bearer $OPENAI_API_KEY"' in block
     assert "it'\\''s" in block
 

@@ -21,19 +21,28 @@ _MAX_KEY_BYTES = 1024
 class BearerGuard:
     """ASGI middleware. `is_allowed` compares a key in constant time; a failure in it lets nobody in.
 
-    `hint` says which key is meant and where it lies, where that is not the user's API key.
+    `hint` says which key is meant and where it lies, where that is not the user's API key. `is_open` is asked at each
+    request whether no key is needed now.
     """
 
     def __init__(
-        self, app: ASGIApp, is_allowed: Callable[[str], bool], open_paths: Collection[str] = (), *, hint: str = ""
+        self,
+        app: ASGIApp,
+        is_allowed: Callable[[str], bool],
+        open_paths: Collection[str] = (),
+        *,
+        hint: str = "",
+        is_open: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
         self._is_allowed = is_allowed
         self._open_paths = frozenset(open_paths)
         self._hint = hint
+        self._is_open = is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in self._open_paths):
+        is_http = scope["type"] == "http"
+        if scope["type"] == "lifespan" or (is_http and scope["path"] in self._open_paths) or self._is_open():
             await self._app(scope, receive, send)
             return
         key = bearer_key(scope)

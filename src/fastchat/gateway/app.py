@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
@@ -17,6 +17,7 @@ from fastchat.cluster.dispatch import Dispatcher
 from fastchat.cluster.watcher import TableWatcher
 from fastchat.gateway.config import ApiServerConfig
 from fastchat.gateway.exchange import Exchanges
+from fastchat.gateway.key_watch import KeyWatch
 from fastchat.gateway.live_table import LiveTable
 from fastchat.gateway.relay import Relay, create_session
 from fastchat.gateway.routes import OPEN_PATHS, ApiRoutes
@@ -34,7 +35,12 @@ def create_api_app(config: ApiServerConfig) -> Starlette:
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         exchanges = Exchanges()
-        async with create_session() as session, watcher.keep_open(), _followed(table, exchanges):
+        async with AsyncExitStack() as stack:
+            if config.key_store_path is not None:
+                await stack.enter_async_context(KeyWatch(keys, config.key_store_path).keep_open())
+            session = await stack.enter_async_context(create_session())
+            await stack.enter_async_context(watcher.keep_open())
+            await stack.enter_async_context(_followed(table, exchanges))
             routes.relay = Relay(
                 session=session,
                 table=table,
@@ -52,8 +58,7 @@ def create_api_app(config: ApiServerConfig) -> Starlette:
 
 def _add_middleware(app: Starlette, config: ApiServerConfig, keys: ApiKeys) -> None:
     """From the inside to the outside: what is added last sees a request first."""
-    if not keys.is_open:
-        app.add_middleware(BearerGuard, is_allowed=keys.is_allowed, open_paths=OPEN_PATHS)
+    app.add_middleware(BearerGuard, is_allowed=keys.is_allowed, open_paths=OPEN_PATHS, is_open=lambda: keys.is_open)
     install_error_handlers(app)
     if config.cors.allowed_origins:
         app.add_middleware(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastchat.config import dial_url, parse_url
 
@@ -19,11 +20,15 @@ class CorsConfig:
 
 @dataclass(frozen=True, slots=True)
 class ApiServerConfig:
-    """What an API server needs to know. With no `api_keys`, everybody who reaches it may use it."""
+    """What an API server needs to know.
+
+    With no `api_keys` and none in the store at `key_store_path`, everybody who reaches it may use it.
+    """
 
     cluster_token: str = field(repr=False)
     controller_address: str = "http://localhost:21001"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    key_store_path: Path | None = None
     cors: CorsConfig = CorsConfig()
 
     def __post_init__(self) -> None:

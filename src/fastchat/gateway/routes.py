@@ -98,7 +98,7 @@ class ApiRoutes:
         self._dispatcher = dispatcher
         self._keys = keys
         self.metrics = GatewayMetrics(route.path for route in RELAYED_ROUTES)
-        self._openapi: bytes | None = None
+        self._openapi: dict[bool, bytes] = {}
 
     def build(self) -> list[Route]:
         """All routes of the app, the busiest first."""
@@ -183,14 +183,15 @@ class ApiRoutes:
         return _json({"version": __version__})
 
     async def _show_openapi(self, _request: Request) -> Response:
-        if self._openapi is None:
+        needs_key = not self._keys.is_open
+        if needs_key not in self._openapi:
             relayed = (
                 Operation("POST", route.path, route.summary, route.body, can_stream=issubclass(route.body, _STREAMED))
                 for route in RELAYED_ROUTES
             )
-            document = openapi_document((*relayed, *_ASKED_ROUTES), needs_key=not self._keys.is_open)
-            self._openapi = orjson.dumps(document)
-        return Response(self._openapi, media_type="application/json")
+            document = openapi_document((*relayed, *_ASKED_ROUTES), needs_key=needs_key)
+            self._openapi[needs_key] = orjson.dumps(document)
+        return Response(self._openapi[needs_key], media_type="application/json")
 
 
 _STREAMED = (ChatCompletionRequest, CompletionRequest)

@@ -26,6 +26,7 @@ from fastchat.config import internal_url, parse_port, read_environment
 from fastchat.errors import ConfigError, UnavailableError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.weight_files import find_weight_files
+from fastchat.ops.key_store import STORE_FILE_NAME, has_keys
 from fastchat.ops.logs import configure_logging
 from fastchat.serve import controller, openai_api_server, worker_arguments
 from fastchat.serve.arguments import (
@@ -39,7 +40,7 @@ from fastchat.serve.arguments import (
 )
 from fastchat.serve.http_server import bind_listeners
 from fastchat.serve.multi_model_worker import model_specs
-from fastchat.supervisor.front_door import wait_until_listed
+from fastchat.supervisor.front_door import wait_until_ready
 from fastchat.supervisor.service_manager import READY, STOPPING, tell_service_manager
 from fastchat.supervisor.supervisor import Outcome, ProcessSpec, Supervisor
 from fastchat.supervisor.worker_watch import WorkerWatch
@@ -121,9 +122,9 @@ async def _supervise(
 
     async def announce_and_watch(names: Sequence[str]) -> None:
         api_url = internal_url(arguments.host, ports.api, tls=arguments.ssl)
-        keys = arguments.api_keys
-        await wait_until_listed(api_url, names, api_key=keys[0] if keys else None)
-        sys.stdout.write(ready_block(api_url, names, has_keys=bool(keys)))
+        await wait_until_ready(api_url, sum(spec.is_worker and set(spec.model_names) <= set(names) for spec in specs))
+        needs_key = bool(arguments.api_keys) or has_keys(read_environment().state_dir / STORE_FILE_NAME)
+        sys.stdout.write(ready_block(api_url, names, has_keys=needs_key))
         sys.stdout.flush()
         tell_service_manager(READY)
         watcher = TableWatcher(controller_address=_internal(ports.controller), token=token)
@@ -195,7 +196,7 @@ def serving_flags(arguments: argparse.Namespace) -> list[str]:
 
 def ready_block(api_url: str, names: Sequence[str], *, has_keys: bool) -> str:
     """What is said once, when everything answers."""
-    key = "'<one of your --api-keys>'" if has_keys else "EMPTY"
+    key = "'<one of your API keys>'" if has_keys else "EMPTY"
     header = '-H "Authorization: Bearer $OPENAI_API_KEY" ' if has_keys else ""
     body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello! What is your name?"}]})
     quoted = body.replace("'", "'\\''")

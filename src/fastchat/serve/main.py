@@ -29,6 +29,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("chat", "fastchat.serve.chat", "talk in the terminal with a model of a running server"),
     Command("cli", "fastchat.serve.cli", "talk in the terminal with a model that is loaded there, without a server"),
     Command("models", "fastchat.serve.models_command", "say what a folder is and what loading it will take"),
+    Command("keys", "fastchat.serve.keys_command", "make, list and revoke the API keys that clients send"),
     Command("controller", "fastchat.serve.controller", "the process that knows all workers"),
     Command("model-worker", "fastchat.serve.model_worker", "a worker with one model"),
     Command("multi-model-worker", "fastchat.serve.multi_model_worker", "a worker with several models"),

@@ -16,6 +16,7 @@ from fastchat.config import is_loopback, read_environment
 from fastchat.errors import ConfigError
 from fastchat.gateway.app import create_api_app
 from fastchat.gateway.config import ApiServerConfig, CorsConfig
+from fastchat.ops.key_store import STORE_FILE_NAME, has_keys
 from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import (
     add_address_flags,
@@ -54,7 +55,7 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         "--api-keys",
         type=flag_type(_parse_keys),
         metavar="KEY[,KEY...]",
-        help="keys that clients must send, comma separated (default: none needed)",
+        help="keys that clients must send, comma separated, beside those of `fastchat keys` (default: none)",
     )
     parser.add_argument(
         "--allow-credentials", action="store_true", help="CORS: let web pages send credentials (default: off)"
@@ -81,10 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = read_environment()
     tls = tls_files(arguments, environment)
     listeners = bind_listeners(arguments.host, arguments.port)
+    key_store_path = environment.state_dir / STORE_FILE_NAME
     config = ApiServerConfig(
         cluster_token=cluster_token(arguments, environment),
         controller_address=arguments.controller_address,
         api_keys=tuple(arguments.api_keys or ()),
+        key_store_path=key_store_path,
         cors=CorsConfig(
             allow_credentials=arguments.allow_credentials,
             allowed_origins=tuple(arguments.allowed_origins),
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             allowed_headers=tuple(arguments.allowed_headers),
         ),
     )
-    if not config.api_keys and not is_loopback(arguments.host):
+    if not config.api_keys and not is_loopback(arguments.host) and not has_keys(key_store_path):
         _warn_of_open_door(arguments.host)
     return run_server(create_api_app(config), listeners, tls=tls)
 
@@ -102,7 +105,7 @@ def _warn_of_open_door(host: str) -> None:
     where = "any address of this machine" if everywhere else host
     _log.warning(
         f"NO API KEY IS SET: everyone who can reach {where} may use all models; "
-        "set a key with --api-keys, for example: --api-keys $(openssl rand -hex 32)"
+        "make a key now with `fastchat keys create`, or set one with --api-keys"
     )
 
 
