@@ -1,65 +1,128 @@
-"""Products of activations with quantized weights: y = x W^T, in pure torch; what every faster kernel must equal.
+"""Products of activations with weights, y = x W^T + bias: C++ where it can be had, else `torch_products`.
 
-Activations are quantized too, to int8, with one scale per row (per token), so that the sums are whole numbers: exact,
-in any order, for any number of rows. A row's result therefore never depends on its batch mates. Shapes: T rows,
-K inputs, N outputs, G inputs per group.
+T rows, K inputs, N outputs, G inputs per group; rows are float32, bfloat16 or float16, and so is the result.
 
-    int8   weight (N, K) int8, scales (N,) float32                w = weight * scale of its row
-    int4   packed (N, K' / 2) uint8, scales (N, K' / G) float32   w = (nibble - 8) * scale of its group
+    plain  weight (N, K) of the type of the rows, float32 sums
+    int8   weight (N, K) int8, scales (N,) float32
+    int4   packed (N, K' / 2) uint8, scales (N, K' / G) float32; G is 32 or a multiple of 64
 
-K' is K rounded up to whole units of 64. A unit of 64 inputs is 32 bytes: byte i holds input i in its low nibble and
-input 32 + i in its high one, so one 64-byte register has a unit in order after one mask and one shift.
+For int8 and int4 the rows are quantized too, each with its own scale; `torch_products` defines the stored forms and the
+results. The C++ kernels give a row the same numbers alone and in any batch, at any number of threads; int8 results are
+those of `torch_products` bit for bit. They read a weight as torch holds it: there is one copy for every row count.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear
 
-UNIT = 64
-MAX_INT8 = 127
-MIN_NONZERO = 1e-12
-"""Below this a row counts as all zero: its scale would overflow when inverted."""
+from fastchat.native import torch_products
+from fastchat.native.build import ELEMENTS, cpu_flags, kernels
+from fastchat.native.torch_products import UNIT, pack_int4, quantize_rows, unpack_int4
 
+__all__ = ["multiply", "multiply_int4", "multiply_int8", "pack_int4", "quantize_rows", "unpack_int4"]
 
-def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, K) of any float type -> int8 (T, K), and its scales, float32 (T, 1)."""
-    values = rows.float()
-    scales = values.abs().amax(dim=1, keepdim=True).clamp_min(MIN_NONZERO) / MAX_INT8
-    return torch.round(values / scales).to(torch.int8), scales
+MAX_ROWS_BESIDE_TILES = 32
+"""With matrix tiles (AMX) torch's product is faster above this many rows, where reading the weight no longer counts."""
 
 
-def multiply_int8(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """(T, K) with an int8 weight -> (T, N) of the type of `rows`."""
-    quantized, row_scales = quantize_rows(rows)
-    sums = torch._int_mm(quantized, weight.t())  # noqa: SLF001 - torch's public name for it is this one
-    return (sums.float() * row_scales * scales).to(rows.dtype)
+def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """rows (T, K), weight (N, K), bias (N,) -> (T, N)."""
+    library = kernels()
+    if library is None or not _can_take(rows, weight, bias) or weight.dtype != rows.dtype or _are_for_tiles(rows):
+        return _keep(linear(rows, weight, bias), out)
+    rows, result = rows.contiguous(), _result(rows, len(weight), out)
+    library.fastchat_multiply(
+        ELEMENTS[rows.dtype],
+        rows.data_ptr(),
+        weight.data_ptr(),
+        _address(bias),
+        result.data_ptr(),
+        *(len(rows), *weight.shape),
+        torch.get_num_threads(),
+    )
+    return result
 
 
-def multiply_int4(rows: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """(T, K) with a packed int4 weight -> (T, N) of the type of `rows`."""
-    num_groups = scales.shape[1]
-    quantized, row_scales = quantize_rows(rows)
-    padded = pad(quantized, (0, packed.shape[1] * 2 - quantized.shape[1]))
-    groups = padded.view(len(rows), num_groups, -1).transpose(0, 1)  # (K'/G, T, G)
-    weight = unpack_int4(packed).view(len(packed), num_groups, -1).transpose(0, 1)  # (K'/G, N, G)
-    # Whole numbers below 2^24 are exact in float32.
-    sums = torch.bmm(groups.float(), weight.float().transpose(1, 2))  # (K'/G, T, N)
-    total = (sums * scales.t().unsqueeze(1)).sum(dim=0)
-    return (total * row_scales).to(rows.dtype)
+def multiply_int8(
+    rows: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """rows (T, K) with an int8 weight (N, K), its scales (N,) and bias (N,) -> (T, N)."""
+    library = kernels()
+    if library is None or not _can_take(rows, weight, bias):
+        return _keep(torch_products.multiply_int8(rows, weight, scales, bias), out)
+    rows, result = rows.contiguous(), _result(rows, len(weight), out)
+    library.fastchat_multiply_int8(
+        ELEMENTS[rows.dtype],
+        rows.data_ptr(),
+        weight.data_ptr(),
+        _float32_address(scales),
+        _address(bias),
+        result.data_ptr(),
+        *(len(rows), *weight.shape),
+        torch.get_num_threads(),
+    )
+    return result
 
 
-def pack_int4(values: Tensor) -> Tensor:
-    """int8 (N, K) of -8 to 7 -> uint8 (N, K' / 2)."""
-    num_rows, num_inputs = values.shape
-    padded = pad(values, (0, -num_inputs % UNIT))
-    nibbles = (padded + 8).to(torch.uint8).view(num_rows, -1, 2, UNIT // 2)
-    return (nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)).view(num_rows, -1)
+def multiply_int4(
+    rows: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """rows (T, K) with a packed int4 weight (N, K' / 2), its scales (N, K' / G) and bias (N,) -> (T, N)."""
+    library = kernels()
+    group_size = packed.shape[1] * 2 // scales.shape[1]
+    if library is None or not _can_take(rows, packed, bias) or (group_size != UNIT // 2 and group_size % UNIT):
+        return _keep(torch_products.multiply_int4(rows, packed, scales, bias), out)
+    rows, result = rows.contiguous(), _result(rows, len(packed), out)
+    library.fastchat_multiply_int4(
+        ELEMENTS[rows.dtype],
+        rows.data_ptr(),
+        packed.data_ptr(),
+        _float32_address(scales),
+        _address(bias),
+        result.data_ptr(),
+        *(*rows.shape[:1], len(packed), rows.shape[1], scales.shape[1]),
+        torch.get_num_threads(),
+    )
+    return result
 
 
-def unpack_int4(packed: Tensor) -> Tensor:
-    """uint8 (N, K' / 2) -> int8 (N, K') of -8 to 7."""
-    units = packed.view(len(packed), -1, UNIT // 2)
-    both = torch.stack((units & 15, units >> 4), dim=2)
-    return both.to(torch.int8).view(len(packed), -1) - 8
+def _can_take(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels can: they read CPU memory in order, and record nothing for gradients."""
+    return (
+        rows.dtype in ELEMENTS
+        and rows.is_cpu
+        and rows.numel() > 0
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and (bias is None or (bias.dtype == rows.dtype and bias.is_contiguous()))
+        and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
+    )
+
+
+def _are_for_tiles(rows: Tensor) -> bool:
+    return rows.shape[0] > MAX_ROWS_BESIDE_TILES and rows.dtype == torch.bfloat16 and "amx_bf16" in cpu_flags()
+
+
+def _result(rows: Tensor, num_outputs: int, out: Tensor | None) -> Tensor:
+    if out is None:
+        return rows.new_empty((len(rows), num_outputs))
+    assert out.shape == (len(rows), num_outputs)
+    assert out.dtype == rows.dtype
+    assert out.is_contiguous()
+    return out
+
+
+def _keep(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _float32_address(scales: Tensor) -> int:
+    assert scales.dtype == torch.float32
+    assert scales.is_contiguous()
+    return scales.data_ptr()

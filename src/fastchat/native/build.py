@@ -1,0 +1,140 @@
+"""Builds the C++ kernels where a compiler is, and loads them; everywhere else pure torch is used.
+
+The binding is a plain C interface called through ctypes: it compiles in seconds without torch's headers (which alone
+take longer), needs no build tool and no Python headers, does not depend on torch's C++ ABI, and a call costs 1-2 us.
+The threads are torch's: the library takes `GOMP_parallel` from the OpenMP that torch has loaded, because a second pool
+would fight torch's for the cores. Where that symbol is missing the library does not load, and torch is used.
+
+A library is built once per source, flags and compiler and kept in `$XDG_CACHE_HOME/fastchat/native` (`~/.cache` by
+default). `FASTCHAT_NATIVE` chooses: 0 for pure torch, 1 (the default) for the best level this CPU has, or a level.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fastchat.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+BASE_FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off")
+VARIABLE = "FASTCHAT_NATIVE"
+LEVELS = {
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"),
+    "avx512bf16": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16"),
+}
+"""The instruction sets we build for, worst first: what a compiler calls them."""
+BUILD_TIMEOUT_S = 120
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The element types of rows, and their numbers in kernels.cpp."""
+
+_POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "fastchat_multiply": (_INTEGER, *[_POINTER] * 4, *[_INTEGER] * 4),
+    "fastchat_multiply_int8": (_INTEGER, *[_POINTER] * 5, *[_INTEGER] * 4),
+    "fastchat_multiply_int4": (_INTEGER, *[_POINTER] * 5, *[_INTEGER] * 5),
+}
+
+
+class NativeBuildError(RuntimeError):
+    """The kernels cannot be had here; its text says why."""
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """The library for this CPU, built if need be on the first call; None where torch must do its work."""
+    choice = os.environ.get(VARIABLE, "1")
+    if choice not in {"0", "1", *LEVELS}:
+        raise ConfigError(f"{VARIABLE}={choice} is unknown; use 0, 1, {', '.join(LEVELS)}.")
+    if choice == "0":
+        return None
+    try:
+        library = load_library(best_level(cpu_flags()) if choice == "1" else choice)
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
+        logger.info("native kernels are not used, pure torch is reason=%s", error)
+        return None
+    return library
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What this CPU can do, in the compiler's names, and its vendor; empty where that cannot be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    facts = (line.partition(":")[2] for line in lines if line.startswith(("flags", "vendor_id")))
+    return frozenset(" ".join(facts).replace("avx512_", "avx512").split())
+
+
+def has_level(level: str, flags: frozenset[str]) -> bool:
+    """Whether a CPU with these flags can run what is built for `level`."""
+    return sys.platform == "linux" and flags.issuperset(LEVELS[level])
+
+
+def best_level(flags: frozenset[str]) -> str:
+    """The fastest level for a CPU with these flags. Raises NativeBuildError where it has none."""
+    levels = [level for level in LEVELS if has_level(level, flags)]
+    if not levels:
+        raise NativeBuildError("the kernels are for x86 CPUs with AVX2 under Linux")
+    # Intel's bfloat16 instruction takes twice as long as widening to float32 (Sapphire Rapids), AMD's half as long.
+    return "avx512" if levels[-1] == "avx512bf16" and "AuthenticAMD" not in flags else levels[-1]
+
+
+def load_library(level: str) -> ctypes.CDLL:
+    """Build, or take from the cache, the library of a level. Raises NativeBuildError or OSError."""
+    if not has_level(level, cpu_flags()):
+        raise NativeBuildError(f"this CPU has no {level}")
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NativeBuildError("there is no C++ compiler (g++ or clang++)")
+    command = [compiler, *BASE_FLAGS, *(f"-m{name}" for name in LEVELS[level]), str(SOURCE)]
+    path = cache_folder() / f"kernels-{_fingerprint(command)}.so"
+    if not path.exists():
+        _build(command, path)
+    library = ctypes.CDLL(str(path))
+    for name, argument_types in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = argument_types
+        function.restype = None
+    return library
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "fastchat" / "native"
+
+
+def _fingerprint(command: list[str]) -> str:
+    compiler = Path(command[0]).resolve()
+    facts = (*command[:-1], str(compiler), str(compiler.stat().st_mtime_ns), torch.__version__)
+    return hashlib.sha256("\n".join(facts).encode() + SOURCE.read_bytes()).hexdigest()[:20]
+
+
+def _build(command: list[str], path: Path) -> None:
+    """Compile beside `path`, then rename: another process sees a whole library or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        built = subprocess.run(  # noqa: S603 - a compiler found on PATH, our own source
+            [*command, "-o", str(unfinished)], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
+        )
+        if built.returncode:
+            last_lines = " ".join(built.stderr.splitlines()[:2])
+            raise NativeBuildError(f"{command[0]} failed: {last_lines}")
+        unfinished.replace(path)
