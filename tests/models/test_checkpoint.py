@@ -68,10 +68,13 @@ def test_angles_that_depend_on_the_batch_are_refused(tmp_path: Path, kind: str) 
     assert kind in message_of(lambda: Checkpoint.open(tmp_path), UnsupportedModelError)
 
 
-def test_a_quantized_checkpoint_is_refused_by_its_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8"])
+def test_a_quantized_checkpoint_of_another_kind_is_refused_by_its_config(tmp_path: Path, method: str) -> None:
     write_checkpoint(tmp_path, "llama")
-    edit_config(tmp_path, quantization_config={"quant_method": "gptq"})
-    assert "quantized (quantization_config: gptq)" in message_of(lambda: Checkpoint.open(tmp_path))
+    edit_config(tmp_path, quantization_config={"quant_method": method, "bits": 4})
+    message = message_of(lambda: Checkpoint.open(tmp_path), UnsupportedModelError)
+    assert f"quantized (quantization_config: {method})" in message
+    assert "--quantize int8 or int4" in message
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,7 @@ def test_a_quantized_checkpoint_is_refused_by_its_config(tmp_path: Path) -> None
         ("add_bias_linear", True),
         ("apply_residual_connection_post_layernorm", True),
         ("original_rope", False),
-        ("quantization_bit", 4),
+        ("quantization_bit", 2),
         ("pre_seq_len", 128),
         ("position_encoding_2d", True),
         ("kv_channels", None),
@@ -167,11 +170,12 @@ def test_an_unexpected_tensor_is_named(tmp_path: Path) -> None:
     ("name", "phrase"),
     [
         ("model.layers.0.mlp.up_proj.weight_scale", "quantized"),
+        ("model.layers.0.mlp.up_proj.qweight", "quantized in a way that is not read"),
         ("transformer.prefix_encoder.embedding.weight", "prefix encoder"),
     ],
 )
 def test_tensors_of_features_that_do_not_run_say_so(tmp_path: Path, name: str, phrase: str) -> None:
-    _with_extra_tensor(tmp_path, name, torch.zeros(2))
+    _with_extra_tensor(tmp_path, name, torch.zeros(96))
     assert phrase in message_of(lambda: load_model(Checkpoint.open(tmp_path)))
 
 

@@ -133,7 +133,8 @@ def test_bad_format_is_one_line_with_file_and_key(tmp_path, content, reason):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (("--load-8bit",), "--load-8bit is not supported"),
+        (("--load-8bit", "--quantize", "int4"), "contradict each other"),
+        (("--quantize-group-size", "32"), "works with --quantize int4 only"),
         (("--judge-sent-end",), "--judge-sent-end is not supported"),
         (("--temperature", "3"), "3 is not from 0 to 2"),
         (("--top-p", "0"), "0 is not above 0 to 1"),

@@ -75,7 +75,7 @@ def break_config(folder):
 
 def quantize(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_bit": 4}))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_bit": 3}))
 
 
 def cut_shard(folder):
@@ -91,7 +91,7 @@ def lose_shard(folder):
     ("damage", "reason"),
     [
         (break_config, "no config.json"),
-        (quantize, "quantized"),
+        (quantize, "quantization_bit is 3"),
         (cut_shard, "truncated"),
         (lose_shard, "missing"),
         (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer"),

@@ -37,7 +37,8 @@ def test_guides_multi_model_command(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--load-8bit"], "--load-8bit is not supported"),
+        (["--quantize", "int3"], "invalid choice"),
+        (["--quantize", "int4", "--quantize-group-size", "100"], "invalid choice"),
         (["--gptq-ckpt", "x.pt"], "--gptq-ckpt is not supported"),
         (["--awq-wbits", "4"], "--awq-wbits is not supported"),
         (["--enable-exllama"], "--enable-exllama is not supported"),

@@ -73,7 +73,7 @@ class Engine:
             vocab_size=self._runner.vocab_size,
             embedding_size=model.config.hidden_size,
             device=str(model.device),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(getattr(model, "held_as", model.dtype)).removeprefix("torch."),
         )
         if self.limits.max_context < config.max_context:
             logger.warning(

@@ -46,7 +46,7 @@ class ModelRunner:
         AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
         model.set_attn_implementation(ATTENTION_NAME)
         self.device = model.device
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size: int = model.get_output_embeddings().out_features
         self._decoder = model.get_decoder()
         self._output_head = model.get_output_embeddings()
         self._on_layer = on_layer

@@ -65,16 +65,11 @@ _OUTER_NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def check_config(config: Config) -> None:
-    """Raise `UnsupportedModelError` for the first ChatGLM, for prefix tuning, quantization and unknown maths."""
+    """Raise `UnsupportedModelError` for the first ChatGLM, for prefix tuning and unknown maths."""
     if "position_encoding_2d" in config or "inner_hidden_size" in config:
         raise UnsupportedModelError(
             "config.json: this is the first ChatGLM-6B, a different architecture that does not run here; "
             "use ChatGLM2-6B or ChatGLM3-6B"
-        )
-    if config.get("quantization_bit"):
-        raise UnsupportedModelError(
-            f"config.json: the checkpoint is quantized (quantization_bit {config['quantization_bit']}), "
-            "which is not read here; use the original float16 weights"
         )
     if config.get("pre_seq_len"):
         raise UnsupportedModelError(

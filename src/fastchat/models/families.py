@@ -12,6 +12,7 @@ from typing import Any
 
 from fastchat.errors import UnsupportedModelError
 from fastchat.models import chatglm
+from fastchat.models.stored_quantization import stored_quantization
 
 Config = Mapping[str, Any]  # Any: config.json as it is on disk
 
@@ -63,8 +64,6 @@ NATIVE_OPTIONS = frozenset(
 """What a config.json may say to transformers: the maths. The other keys are for training, or choose code to be run:
 `auto_map` names remote code, and `attn_implementation` a kernel that transformers would download."""
 
-QUANTIZED_REMEDY = "use the original float16 or bfloat16 weights"
-
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -90,7 +89,7 @@ def find_family(config: Config) -> Family:
             f"config.json: the architecture {model_type!r} does not run here; families that do: {', '.join(FAMILIES)}"
         )
     _refuse_absurd_sizes(config)
-    _refuse_quantized(config)
+    stored_quantization(config)  # raises for what is not read
     _refuse_moving_angles(config)
     family.check_config(config)
     return family
@@ -115,16 +114,6 @@ def _refuse_absurd_sizes(config: Config) -> None:
             raise UnsupportedModelError(
                 f"config.json: {name} is {value}, above {limit}, which no model has; download the file again"
             )
-
-
-def _refuse_quantized(config: Config) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModelError(
-            f"config.json: the checkpoint is quantized (quantization_config: {method}), which is not read here; "
-            f"{QUANTIZED_REMEDY}"
-        )
 
 
 def _refuse_moving_angles(config: Config) -> None:

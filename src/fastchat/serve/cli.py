@@ -10,7 +10,7 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import add_refused_flag, create_parser, flag_type, run_command
 from fastchat.serve.terminal_arguments import EPILOG, add_session_flags, create_screen, run_session
-from fastchat.serve.worker_arguments import add_engine_flags, model_path, obey_early_flags
+from fastchat.serve.worker_arguments import add_engine_flags, model_path, obey_early_flags, quantization
 from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
 
 MAX_NEW_TOKENS = 512
@@ -63,6 +63,7 @@ def _worker_config(arguments: argparse.Namespace) -> WorkerConfig:
         engine=EngineSpec(
             device=arguments.device,
             dtype=arguments.dtype,
+            quantization=quantization(arguments),
             engine_place=arguments.engine_process,
             max_context=arguments.max_context,
             max_batch_tokens=arguments.max_batch_tokens,

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastchat.config import Environment, parse_bytes, parse_url
 from fastchat.errors import ConfigError
+from fastchat.models.stored_form import DEFAULT_GROUP_SIZE, GROUP_SIZES, Quantization
 from fastchat.serve.arguments import (
     add_address_flags,
     add_controller_address_flag,
@@ -26,11 +27,13 @@ from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
 
 DEFAULT_PORT = 21002
 
-_QUANTIZED = "quantized checkpoints of this kind are not read; give the unquantized checkpoint's folder to --model-path"
+_QUANTIZED = (
+    "quantized checkpoints of this kind are not read; give the unquantized checkpoint's folder to --model-path, and "
+    "--quantize int4 to make it as small"
+)
 _EXLLAMA = "there is no ExLlama engine; leave the flag out, the built-in engine serves the model"
 _XFT = "there is no xFasterTransformer engine; leave the flag out, the built-in engine serves the model"
 _REFUSED: tuple[tuple[str, bool, str], ...] = (
-    ("--load-8bit", False, "8-bit loading is not there yet; use --dtype bfloat16 or float16, which halve float32"),
     ("--cpu-offloading", False, "weights stay on one device; use --device cpu, or a model that fits"),
     ("--gptq-ckpt", True, _QUANTIZED),
     ("--gptq-wbits", True, _QUANTIZED),
@@ -127,6 +130,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="number type of the weights (default: auto, the checkpoint's on a GPU, the processor's fastest on a CPU)",
     )
+    add_quantization_flags(parser)
     parser.add_argument(
         "--gpus", metavar="IDS", help="the GPUs to see, like 0 or 1 (default: all; sets CUDA_VISIBLE_DEVICES)"
     )
@@ -168,6 +172,34 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
+    """In which form Linears are held."""
+    parser.add_argument(
+        "--quantize",
+        choices=["int8", "int4"],
+        help="quantize the weights while loading: int8 halves 16 bits, int4 nearly halves that (default: no)",
+    )
+    parser.add_argument("--load-8bit", action="store_true", help="the same as --quantize int8")
+    parser.add_argument(
+        "--quantize-group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        help=f"for int4: inputs that share a scale; fewer are more exact and larger (default: {DEFAULT_GROUP_SIZE})",
+    )
+
+
+def quantization(arguments: argparse.Namespace) -> Quantization | None:
+    """What the flags ask for. Raises `ConfigError` where they contradict each other."""
+    name = arguments.quantize
+    if arguments.load_8bit:
+        if name == "int4":
+            raise ConfigError("--load-8bit and --quantize int4 contradict each other; give one of them.")
+        name = "int8"
+    if arguments.quantize_group_size is not None and name != "int4":
+        raise ConfigError("--quantize-group-size works with --quantize int4 only.")
+    return Quantization(name, arguments.quantize_group_size or DEFAULT_GROUP_SIZE) if name else None
+
+
 def worker_config(
     arguments: argparse.Namespace, environment: Environment, listeners: Listeners, models: tuple[ModelSpec, ...]
 ) -> WorkerConfig:
@@ -180,6 +212,7 @@ def worker_config(
         engine=EngineSpec(
             device=arguments.device,
             dtype=arguments.dtype,
+            quantization=quantization(arguments),
             engine_place=arguments.engine_process,
             max_context=arguments.max_context,
             max_batch_tokens=arguments.max_batch_tokens,
@@ -197,6 +230,7 @@ def worker_config(
 
 def obey_early_flags(arguments: argparse.Namespace) -> None:
     """What must be decided before torch looks for GPUs. Raises `ConfigError` for what is not supported."""
+    quantization(arguments)
     if arguments.num_gpus != 1:
         raise ConfigError(
             f"--num-gpus {arguments.num_gpus} is not supported: one model runs on one GPU; start one worker for "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastchat.errors import ConfigError
+from fastchat.models.stored_form import Quantization
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
@@ -37,6 +38,7 @@ class EngineSpec:
 
     device: Device = "auto"
     dtype: DType = "auto"
+    quantization: Quantization | None = None
     engine_place: EnginePlace = "auto"
     max_context: int | None = None
     max_batch_tokens: int | None = None

@@ -14,6 +14,7 @@ from fastchat.engine.engine import Engine, EngineConfig
 from fastchat.errors import ConfigError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.lean import make_lean
+from fastchat.models.stored_form import Quantization
 from fastchat.models.weights import load_model
 from fastchat.worker.config import Device, DType, EngineSpec
 from fastchat.worker.host_memory import available_bytes
@@ -36,6 +37,7 @@ class EnginePlan:
     path: str
     device: Device
     dtype: DType
+    quantization: Quantization | None = None
     max_context: int | None = None
     max_batch_tokens: int | None = None
     max_running: int | None = None
@@ -54,6 +56,7 @@ class EnginePlan:
             path=str(path),
             device=choose_device(spec.device),
             dtype=spec.dtype,
+            quantization=spec.quantization,
             max_context=spec.max_context,
             max_batch_tokens=spec.max_batch_tokens,
             max_running=spec.max_running,
@@ -71,7 +74,9 @@ class EnginePlan:
     @classmethod
     def from_json(cls, text: str) -> EnginePlan:
         """The other direction."""
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        quantization = fields.pop("quantization")
+        return cls(**fields, quantization=Quantization(**quantization) if quantization else None)
 
 
 def choose_device(device: Device) -> Device:
@@ -88,7 +93,7 @@ def choose_device(device: Device) -> Device:
 def make_engine(plan: EnginePlan) -> Engine:
     """Load the model and build its engine; slow. Raises `CheckpointError` or `ConfigError` in one line."""
     checkpoint = Checkpoint.open(Path(plan.path))
-    model = load_model(checkpoint, device=plan.device, dtype=plan.dtype)
+    model = load_model(checkpoint, device=plan.device, dtype=plan.dtype, quantization=plan.quantization)
     make_lean(model)
     config = EngineConfig(
         max_context=min(plan.max_context or checkpoint.max_context, checkpoint.max_context),
