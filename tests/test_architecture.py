@@ -14,7 +14,7 @@ LAYERS = [
     {"native"},
     {"engine", "models", "ops", "cluster"},
     {"api"},
-    {"worker", "gateway", "supervisor", "terminal"},
+    {"worker", "gateway", "arena", "supervisor", "terminal"},
     {"serve"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -11,6 +11,8 @@ FastChatError
 │   ├── AuthenticationError     no key, or a wrong one
 │   ├── PermissionDeniedError   a key or token that may not do this
 │   ├── ModelNotFoundError      nobody serves that model
+│   ├── RecordNotFoundError     nothing of that id is kept here for this client
+│   ├── ConflictError           what was asked for does not fit the state of what it is about
 │   └── RouteNotFoundError      no such path or method
 ├── UnavailableError            try again later: no worker, a worker lost, shutting down
 └── EngineError                 our fault: a step failed, logits were not numbers
@@ -108,6 +110,14 @@ class ModelNotFoundError(RequestError):
         )
         self.model = model
         self.served = tuple(served)
+
+
+class RecordNotFoundError(RequestError):
+    """Nothing of that id is kept here for this client."""
+
+
+class ConflictError(RequestError):
+    """Asked too early, or a second time."""
 
 
 class RouteNotFoundError(RequestError):

@@ -8,13 +8,15 @@ stream has already begun.
     401     AuthenticationError                     invalid_request_error   invalid_api_key
     403     PermissionDeniedError                   invalid_request_error   permission_denied
     404     ModelNotFoundError, RouteNotFoundError  invalid_request_error   model_not_found, route_not_found
+    404     RecordNotFoundError                     invalid_request_error   the error's own, `not_found`
     405     a known path with another method        invalid_request_error   method_not_allowed
+    409     ConflictError                           invalid_request_error   the error's own, `conflict`
     413     BodyTooLargeError                       invalid_request_error   body_too_large
     415     a body of another kind than JSON        invalid_request_error   unsupported_media_type
     503     UnavailableError, with Retry-After      server_error            the error's own
     500     everything else                         server_error            internal_error
 
-409 and 422 are never sent: the client of 2023 repeats a 409 for ever and does not know 422.
+No route of OpenAI's API sends 409 or 422: the client of 2023 repeats a 409 for ever and does not know 422.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ import orjson
 from fastchat.errors import (
     AuthenticationError,
     BodyTooLargeError,
+    ConflictError,
     FastChatError,
     ModelNotFoundError,
     PermissionDeniedError,
+    RecordNotFoundError,
     RequestError,
     RouteNotFoundError,
     UnavailableError,
@@ -40,6 +44,8 @@ _STATUSES: tuple[tuple[type[FastChatError], int, str], ...] = (
     (PermissionDeniedError, 403, "permission_denied"),
     (ModelNotFoundError, 404, "model_not_found"),
     (RouteNotFoundError, 404, "route_not_found"),
+    (RecordNotFoundError, 404, "not_found"),
+    (ConflictError, 409, "conflict"),
     (BodyTooLargeError, 413, "body_too_large"),
 )
 

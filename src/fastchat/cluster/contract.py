@@ -48,12 +48,16 @@ class Message(BaseModel):
 
 
 class ModelEntry(Message):
-    """One model as a worker serves it. `max_context` is in tokens; `created` in seconds since 1970."""
+    """One model as a worker serves it. `max_context` is in tokens; `created` in seconds since 1970.
+
+    `alias_of` is the model's first name where `name` is another one of the same model, else empty.
+    """
 
     name: str
     max_context: int
     created: int
     capabilities: tuple[Literal["chat", "completions", "embeddings"], ...] = ("chat", "completions", "embeddings")
+    alias_of: str = ""
 
 
 class Load(Message):

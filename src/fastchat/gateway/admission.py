@@ -48,6 +48,12 @@ async def admit(request: Request, path: str, *, default_model: str | None = None
     return AdmittedRequest(path, body, model, is_stream, _num_tokens(document, len(body)))
 
 
+def admit_chat(document: dict[str, Any]) -> AdmittedRequest:  # Any: JSON
+    """A streamed chat completion that this process asks for itself; `document` names its model."""
+    body = orjson.dumps(document)
+    return AdmittedRequest("/v1/chat/completions", body, document["model"], True, _num_tokens(document, len(body)))
+
+
 def _named_model(document: dict[str, Any], in_path: str | None) -> str | None:
     model = document.get("model")
     if model is not None and not (isinstance(model, str) and model):

@@ -6,7 +6,7 @@ access log -> CORS (where asked for) -> request id and errors -> key -> routes -
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from starlette.applications import Starlette
@@ -15,32 +15,34 @@ from starlette.middleware.cors import CORSMiddleware
 from fastchat.api.http_edge import BearerGuard, install_error_handlers
 from fastchat.cluster.dispatch import Dispatcher
 from fastchat.cluster.watcher import TableWatcher
+from fastchat.gateway.chat_door import ChatDoor
 from fastchat.gateway.config import ApiServerConfig
 from fastchat.gateway.exchange import Exchanges
 from fastchat.gateway.key_watch import KeyWatch
 from fastchat.gateway.live_table import LiveTable
+from fastchat.gateway.mounted import MountedRoutes
 from fastchat.gateway.relay import Relay, create_session
 from fastchat.gateway.routes import OPEN_PATHS, ApiRoutes
 from fastchat.ops.keys import ApiKeys
 
 
-def create_api_app(config: ApiServerConfig) -> Starlette:
-    """An API server that watches `config.controller_address` while it runs."""
+def create_api_app(config: ApiServerConfig, mounted: Sequence[MountedRoutes] = ()) -> Starlette:
+    """An API server that watches `config.controller_address` while it runs; `mounted` parts live and end with it."""
     keys = ApiKeys(config.api_keys, tenant_secret=config.cluster_token)
     watcher = TableWatcher(controller_address=config.controller_address, token=config.cluster_token)
     table = LiveTable(watcher, config.controller_address)
     dispatcher = Dispatcher()
-    routes = ApiRoutes(table=table, dispatcher=dispatcher, keys=keys)
+    routes = ApiRoutes(table=table, dispatcher=dispatcher, keys=keys, mounted=mounted)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         exchanges = Exchanges()
-        async with AsyncExitStack() as stack:
+        async with AsyncExitStack() as running:
             if config.key_store_path is not None:
-                await stack.enter_async_context(KeyWatch(keys, config.key_store_path).keep_open())
-            session = await stack.enter_async_context(create_session())
-            await stack.enter_async_context(watcher.keep_open())
-            await stack.enter_async_context(_followed(table, exchanges))
+                await running.enter_async_context(KeyWatch(keys, config.key_store_path).keep_open())
+            session = await running.enter_async_context(create_session())
+            await running.enter_async_context(watcher.keep_open())
+            await running.enter_async_context(_followed(table, exchanges))
             routes.relay = Relay(
                 session=session,
                 table=table,
@@ -49,6 +51,9 @@ def create_api_app(config: ApiServerConfig) -> Starlette:
                 cluster_token=config.cluster_token,
                 on_retry=routes.metrics.observe_retry,
             )
+            door = ChatDoor(relay=routes.relay, table=table, keys=keys, metrics=routes.metrics)
+            for part in mounted:
+                await running.enter_async_context(part.keep_open(door))
             yield
 
     app = Starlette(routes=routes.build(), lifespan=lifespan)

@@ -5,6 +5,7 @@ There is no page to look at it: the usual ones load their code from elsewhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ _ERROR_SCHEMA = {
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One route as the document shows it. `body` is None where nothing is posted."""
+    """One route as the document shows it. `body` is None where nothing is posted; `query` names what a URL may add."""
 
     method: str
     path: str
@@ -42,6 +43,8 @@ class Operation:
     body: type[BaseModel] | None = None
     is_open: bool = False
     can_stream: bool = False
+    query: tuple[str, ...] = ()
+    answer_type: str = "application/json"
 
 
 def openapi_document(operations: Iterable[Operation], *, needs_key: bool) -> dict[str, Any]:  # Any: JSON
@@ -68,7 +71,7 @@ def openapi_document(operations: Iterable[Operation], *, needs_key: bool) -> dic
 
 
 def _operation(operation: Operation, path: str, *, needs_key: bool) -> dict[str, Any]:  # Any: JSON
-    content: dict[str, Any] = {"application/json": {}}
+    content: dict[str, Any] = {operation.answer_type: {}}
     if operation.can_stream:
         content["text/event-stream"] = {}
     shown: dict[str, Any] = {
@@ -81,8 +84,13 @@ def _operation(operation: Operation, path: str, *, needs_key: bool) -> dict[str,
             },
         },
     }
-    if "{model}" in path:
-        shown["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    in_path, in_query = re.findall(r"\{(\w+)\}", path), operation.query
+    if in_path or in_query:
+        named = [(name, "path") for name in in_path] + [(name, "query") for name in in_query]
+        shown["parameters"] = [
+            {"name": name, "in": where, "required": where == "path", "schema": {"type": "string"}}
+            for name, where in named
+        ]
     if operation.body is not None:
         schema = {"$ref": f"#/components/schemas/{operation.body.__name__}"}
         shown["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -35,6 +35,7 @@ from fastchat.gateway.admission import admit
 from fastchat.gateway.answers import WholeAnswer
 from fastchat.gateway.live_table import LiveTable
 from fastchat.gateway.model_list import model_card, model_list
+from fastchat.gateway.mounted import Endpoint, MountedRoutes
 from fastchat.gateway.openapi import Operation, openapi_document
 from fastchat.gateway.relay import Relay, Sender
 from fastchat.ops.access_log import CLIENT_LEFT_STATUS
@@ -43,8 +44,6 @@ from fastchat.ops.metrics import METRICS_CONTENT_TYPE, GatewayMetrics, RequestRe
 
 OPEN_PATHS = frozenset({"/livez", "/health"})
 """Reached without a key: what a supervisor asks before it has any."""
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +92,13 @@ class ApiRoutes:
 
     relay: Relay
 
-    def __init__(self, *, table: LiveTable, dispatcher: Dispatcher, keys: ApiKeys) -> None:
+    def __init__(
+        self, *, table: LiveTable, dispatcher: Dispatcher, keys: ApiKeys, mounted: Sequence[MountedRoutes] = ()
+    ) -> None:
         self._table = table
         self._dispatcher = dispatcher
         self._keys = keys
+        self._mounted = tuple(route for part in mounted for route in part.routes)
         self.metrics = GatewayMetrics(route.path for route in RELAYED_ROUTES)
         self._openapi: dict[bool, bytes] = {}
 
@@ -113,7 +115,8 @@ class ApiRoutes:
         }
         relayed = [Route(route.path, self._relaying(route), methods=["POST"]) for route in RELAYED_ROUTES]
         asked = [Route(each.path, endpoints[each.path], methods=[each.method]) for each in _ASKED_ROUTES]
-        return relayed + asked
+        others = [Route(each.path, endpoint, methods=[each.method]) for each, endpoint in self._mounted]
+        return relayed + asked + others
 
     def _relaying(self, route: RelayedRoute) -> Endpoint:
         """The endpoint of a route that workers answer."""
@@ -189,8 +192,8 @@ class ApiRoutes:
                 Operation("POST", route.path, route.summary, route.body, can_stream=issubclass(route.body, _STREAMED))
                 for route in RELAYED_ROUTES
             )
-            document = openapi_document((*relayed, *_ASKED_ROUTES), needs_key=needs_key)
-            self._openapi[needs_key] = orjson.dumps(document)
+            operations = (*relayed, *_ASKED_ROUTES, *(operation for operation, _ in self._mounted))
+            self._openapi[needs_key] = orjson.dumps(openapi_document(operations, needs_key=needs_key))
         return Response(self._openapi[needs_key], media_type="application/json")
 
 

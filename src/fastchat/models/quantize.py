@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastchat.models.row_blocks import for_row_blocks
 from fastchat.models.stored_form import fitting_group, padded_inputs
-from fastchat.native.products import MAX_INT8, MIN_NONZERO, pack_int4, unpack_int4
+from fastchat.native.torch_products import MAX_INT8, MIN_NONZERO, pack_int4, unpack_int4
 
 DIVISORS = (-8.0, -7.5, -8.6, -9.3, -7.0)
 MIN_INT4, MAX_INT4 = -8, 7

@@ -94,6 +94,7 @@ def create_serve_parser() -> argparse.ArgumentParser:
             help=f"port of the {what}, 0 for any free one{note} (default: {default})",
         )
     openai_api_server.add_access_flags(parser)
+    openai_api_server.add_arena_flags(parser)
     worker_arguments.add_serving_flags(parser)
     add_security_flags(parser)
     return parser
@@ -277,6 +278,7 @@ def _access_flags(arguments: argparse.Namespace) -> list[str]:
     flags = [f"--allowed-{what}={json.dumps(getattr(arguments, f'allowed_{what}'))}" for what in _CORS_LISTS]
     flags += ["--allow-credentials"] if arguments.allow_credentials else []
     flags += ["--ssl"] if arguments.ssl else []
+    flags += ["--arena-log-text"] if arguments.arena_log_text else []
     return [*flags, *([f"--api-keys={','.join(arguments.api_keys)}"] if arguments.api_keys else [])]
 
 

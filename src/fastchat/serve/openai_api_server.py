@@ -12,10 +12,13 @@ from collections.abc import Sequence
 
 import structlog
 
+from fastchat.arena.routes import Arena, ArenaConfig
 from fastchat.config import is_loopback, read_environment
 from fastchat.errors import ConfigError
 from fastchat.gateway.app import create_api_app
 from fastchat.gateway.config import ApiServerConfig, CorsConfig
+from fastchat.gateway.mounted import MountedRoutes
+from fastchat.gateway.openapi import Operation
 from fastchat.ops.key_store import STORE_FILE_NAME, has_keys
 from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import (
@@ -31,6 +34,8 @@ from fastchat.serve.arguments import (
 from fastchat.serve.http_server import bind_listeners, run_server
 
 DEFAULT_PORT = 8000
+ARENA_FILE = "arena.sqlite"
+"""In the state directory."""
 
 _log = structlog.get_logger(__name__)
 
@@ -45,6 +50,7 @@ def create_api_server_parser() -> argparse.ArgumentParser:
     add_address_flags(parser, port=DEFAULT_PORT)
     add_controller_address_flag(parser)
     add_access_flags(parser)
+    add_arena_flags(parser)
     add_security_flags(parser)
     return parser
 
@@ -74,6 +80,38 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_arena_flags(parser: argparse.ArgumentParser) -> None:
+    """What is kept of compared answers: the API server's flag that `fastchat serve` has too."""
+    parser.add_argument(
+        "--arena-log-text",
+        action="store_true",
+        help="keep the conversations of compared models with their votes (default: lengths, times and digests alone)",
+    )
+
+
+def mounted_arena(config: ArenaConfig) -> MountedRoutes:
+    """The arena, as the API server takes it in."""
+    arena = Arena(config)
+    return MountedRoutes(
+        tuple(
+            (
+                Operation(
+                    route.method,
+                    route.path,
+                    route.summary,
+                    route.body,
+                    can_stream=route.can_stream,
+                    query=route.query,
+                    answer_type=route.answer_type,
+                ),
+                route.endpoint,
+            )
+            for route in arena.routes()
+        ),
+        arena.keep_open,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the API server until a signal ends it; returns the exit code."""
     arguments = create_api_server_parser().parse_args(argv)
@@ -97,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if not config.api_keys and not is_loopback(arguments.host) and not has_keys(key_store_path):
         _warn_of_open_door(arguments.host)
-    return run_server(create_api_app(config), listeners, tls=tls)
+    arena = ArenaConfig(environment.state_dir / ARENA_FILE, logs_text=arguments.arena_log_text)
+    return run_server(create_api_app(config, [mounted_arena(arena)]), listeners, tls=tls)
 
 
 def _warn_of_open_door(host: str) -> None:

@@ -143,7 +143,12 @@ class WorkerRuntime:
             worker_id=self.worker_id,
             address=self.config.address,
             models=tuple(
-                ModelEntry(name=name, max_context=model.max_context, created=model.created)
+                ModelEntry(
+                    name=name,
+                    max_context=model.max_context,
+                    created=model.created,
+                    alias_of="" if name == model.names[0] else model.names[0],
+                )
                 for name, model in self.models
             ),
         )
