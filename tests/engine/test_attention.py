@@ -1,4 +1,4 @@
-"""Both kernels against attention written out, over adjacent and scattered blocks."""
+"""All kernels against attention written out, over adjacent and scattered blocks."""
 
 from pathlib import Path
 
@@ -11,8 +11,11 @@ from fastchat.engine.attention import (
     LayerInputs,
     SequenceSpan,
     attend_each,
+    attend_native,
     attend_padded,
+    decoding_sequences,
 )
+from fastchat.native import attention as native_attention
 
 NUM_KV_HEADS, NUM_GROUPS, HEAD_DIM, BLOCK_SIZE = 2, 3, 8, 4
 SCALING = 0.3
@@ -33,10 +36,12 @@ def written_out(query, keys, values, window):
     return output
 
 
-@pytest.mark.parametrize("kernel", [attend_each, attend_padded])
+@pytest.mark.parametrize("kernel", [attend_each, attend_native, attend_padded])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 def test_kernels_equal_attention_written_out(kernel, window):
     """Decoding, whole prompts, chunks; adjacent and scattered blocks; with and without a sliding window."""
+    if kernel is attend_native and not native_attention.is_available(torch.float32):
+        pytest.skip("the native kernels cannot be built here")
     generator = torch.Generator().manual_seed(0)
     cache = KVCacheTensors(
         num_layers=1,
@@ -80,6 +85,7 @@ def test_kernels_equal_attention_written_out(kernel, window):
         spans=spans,
         on_layer=lambda: None,
         padded_blocks=torch.tensor([table + [0] * (3 - len(table)) for table in tables]),
+        decoding=decoding_sequences(spans, BLOCK_SIZE) if kernel is attend_native else None,
     )
     query = torch.randn(NUM_KV_HEADS * NUM_GROUPS, start, HEAD_DIM, generator=generator)
     output = kernel(LayerInputs(query, keys, values, SCALING, window), step)

@@ -4,9 +4,10 @@ A step is one packed batch: the new tokens of all sequences side by side, `[1, n
 layer's queries, keys and values to `paged_attention` together with the step's `AttentionStep`; the new keys and
 values are written to their slots, then every sequence attends over its own blocks.
 
-Two kernels, one result (there is an equality test):
+Three kernels, one result (there is an equality test):
 
     attend_each     one call per sequence; adjacent blocks are read in place. For CPU.
+    attend_native   decoding sequences in one call of our C++, the rest one by one. For CPU where C++ can be had.
     attend_padded   decoding sequences in one padded call, the rest one by one. For CUDA.
 
 Query heads that share a KV head become query rows (decode) or a broadcast dimension (prefill), so keys and values
@@ -24,6 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from fastchat.native import attention as native_attention
+from fastchat.native.attention import DecodingSequences
 
 ATTENTION_NAME = "fastchat_paged"
 
@@ -107,6 +111,8 @@ class AttentionStep:
     """Called once per layer: the engine's sign of life within a long step."""
     padded_blocks: Tensor | None = None
     """Block ids of the decoding spans for `attend_padded`, filled up with 0. # (num_decoding, max_blocks)"""
+    decoding: DecodingSequences | None = None
+    """The decoding spans for `attend_native`."""
 
 
 def paged_attention(
@@ -154,10 +160,44 @@ def attend_padded(inputs: LayerInputs, step: AttentionStep) -> Tensor:
     if decoding:
         rows = torch.tensor([span.query_start for span in decoding], device=output.device)
         output[rows] = _attend_decoding(inputs, step, decoding, rows)
+    _attend_chunks(inputs, step, output)
+    return output
+
+
+def attend_native(inputs: LayerInputs, step: AttentionStep) -> Tensor:
+    """Decoding sequences in one native call, chunks of prompts one by one. -> (num_tokens, H, D)."""
+    output = _new_output(inputs.query)
+    if step.decoding is not None:
+        native_attention.attend(
+            step.decoding,
+            inputs.query,
+            inputs.keys,
+            inputs.values,
+            output,
+            scaling=inputs.scaling,
+            window=inputs.window,
+        )
+    _attend_chunks(inputs, step, output)
+    return output
+
+
+def _attend_chunks(inputs: LayerInputs, step: AttentionStep, output: Tensor) -> None:
     for span in step.spans:
         if span.num_queries > 1:
             _attend_span(inputs, step, span, output)
-    return output
+
+
+def decoding_sequences(spans: list[SequenceSpan], block_size: int) -> DecodingSequences | None:
+    """The spans of one token each, as `attend_native` takes them; None where there are none."""
+    decoding = [span for span in spans if span.num_queries == 1]
+    if not decoding:
+        return None
+    return DecodingSequences.of(
+        rows=[span.query_start for span in decoding],
+        lengths=[span.context_length for span in decoding],
+        block_tables=[span.block_ids for span in decoding],
+        block_size=block_size,
+    )
 
 
 def _new_output(query: Tensor) -> Tensor:

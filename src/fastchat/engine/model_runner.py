@@ -13,13 +13,17 @@ from fastchat.engine.attention import (
     ATTENTION_NAME,
     AttentionStep,
     KVCacheTensors,
+    LayerInputs,
     SequenceSpan,
     attend_each,
+    attend_native,
     attend_padded,
+    decoding_sequences,
     paged_attention,
 )
 from fastchat.engine.scheduler import ScheduledBatch, ScheduledSequence
 from fastchat.engine.sequence import Sequence
+from fastchat.native import attention as native_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class ModelRunner:
         self._decoder = model.get_decoder()
         self._output_head = model.get_output_embeddings()
         self._on_layer = on_layer
-        self._kernel = attend_padded if self.device.type == "cuda" else attend_each
+        self._kernel = _kernel_for(self.device, model.dtype)
         shape = KVShape.of(model)
         self._cache = KVCacheTensors(
             num_layers=shape.num_layers,
@@ -81,6 +85,7 @@ class ModelRunner:
             spans=spans,
             on_layer=self._on_layer,
             padded_blocks=self._padded_blocks(spans) if self._kernel is attend_padded else None,
+            decoding=decoding_sequences(spans, self._cache.block_size) if self._kernel is attend_native else None,
         )
         hidden_states = self._decoder(
             input_ids=torch.tensor([token_ids], device=self.device),
@@ -159,6 +164,12 @@ class KVShape:
     def bytes_per_token(self) -> int:
         """Keys and values of all layers for one token."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_element
+
+
+def _kernel_for(device: torch.device, dtype: torch.dtype) -> Callable[[LayerInputs, AttentionStep], Tensor]:
+    if device.type == "cuda":
+        return attend_padded
+    return attend_native if device.type == "cpu" and native_attention.is_available(dtype) else attend_each
 
 
 def _no_mask(*_: object, **__: object) -> None:

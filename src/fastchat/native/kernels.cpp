@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 using std::int32_t;
 using std::int64_t;
@@ -99,6 +100,27 @@ INLINE Bytes raise_by_16(Bytes words) { return _mm512_slli_epi32(words, 16); }
 INLINE Bytes keep_high_16(Bytes words) { return _mm512_and_si512(words, _mm512_set1_epi32(~0xffff)); }
 INLINE Floats as_floats(Bytes words) { return _mm512_castsi512_ps(words); }
 
+INLINE void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
+INLINE Floats rounded(Floats values, BFloat16) {  // to nearest, ties to even; not a number stays one
+    __m512i bits = _mm512_castps_si512(values);
+    __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i result = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
+    __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return as_floats(keep_high_16(_mm512_mask_mov_epi32(result, is_nan, _mm512_set1_epi32(0x7fc00000))));
+}
+INLINE Floats rounded(Floats values, Float16) { return _mm512_cvtph_ps(_mm512_cvtps_ph(values, 0)); }
+INLINE void store(BFloat16* to, Floats values) {
+    __m512i high = _mm512_srli_epi32(_mm512_castps_si512(rounded(values, BFloat16())), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+}
+INLINE void store(Float16* to, Floats values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(values, 0));
+}
+INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where either is not a number
+INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+INLINE Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Floats times_power_of_two(Floats a, Floats power) { return _mm512_scalef_ps(a, power); }
+
 // The sums over lanes of four vectors, all in the same order.
 INLINE __m128 sum_four(Floats a, Floats b, Floats c, Floats d) {
     Floats ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
@@ -139,6 +161,31 @@ INLINE Bytes raise_by_16(Bytes words) { return _mm256_slli_epi32(words, 16); }
 INLINE Bytes keep_high_16(Bytes words) { return _mm256_and_si256(words, _mm256_set1_epi32(~0xffff)); }
 INLINE Floats as_floats(Bytes words) { return _mm256_castsi256_ps(words); }
 
+INLINE void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
+INLINE Floats rounded(Floats values, BFloat16) {
+    __m256i bits = _mm256_castps_si256(values);
+    __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i result = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), is_odd);
+    Floats is_nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
+    Floats whole = _mm256_blendv_ps(as_floats(result), as_floats(_mm256_set1_epi32(0x7fc00000)), is_nan);
+    return as_floats(keep_high_16(_mm256_castps_si256(whole)));
+}
+INLINE Floats rounded(Floats values, Float16) { return _mm256_cvtph_ps(_mm256_cvtps_ph(values, 0)); }
+INLINE void store(BFloat16* to, Floats values) {
+    __m256i high = _mm256_srli_epi32(_mm256_castps_si256(rounded(values, BFloat16())), 16);
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
+}
+INLINE void store(Float16* to, Floats values) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(values, 0));
+}
+INLINE Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+INLINE Floats nearest(Floats a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Floats times_power_of_two(Floats a, Floats power) {
+    return a * as_floats(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23));
+}
+
 INLINE __m128 sum_four(Floats a, Floats b, Floats c, Floats d) {
     Floats all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     return _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1);
@@ -149,6 +196,36 @@ INLINE __m128i sum_four(Bytes a, Bytes b, Bytes c, Bytes d) {
 }
 
 #endif
+
+INLINE Floats rounded(Floats values, float) { return values; }
+
+INLINE float sum(Floats values) {
+    __m128 result = sum_four(values, zeros(), zeros(), zeros());
+    return _mm_cvtss_f32(result);
+}
+INLINE float largest(Floats values) {
+    alignas(64) float lanes[LANES];
+    store(lanes, values);
+    return *std::max_element(lanes, lanes + LANES);
+}
+
+// e^x within 2 units in the last place: x = n ln 2 + r, and e^r by its series to the 7th power (|r| <= 0.35).
+// Held to the range of float32 that is not subnormal; not a number stays one.
+INLINE Floats exponential(Floats x) {
+    x = min(fill(88.0f), max(fill(-87.0f), x));
+    Floats n = nearest(x * fill(1.44269504f));
+    Floats r = fma(n, fill(-0.693359375f), x);  // ln 2 in two parts, the first of few bits
+    r = fma(n, fill(2.12194440e-4f), r);
+    Floats series = fill(1.0f / 5040);
+    series = fma(series, r, fill(1.0f / 720));
+    series = fma(series, r, fill(1.0f / 120));
+    series = fma(series, r, fill(1.0f / 24));
+    series = fma(series, r, fill(1.0f / 6));
+    series = fma(series, r, fill(0.5f));
+    series = fma(series, r, fill(1.0f));
+    series = fma(series, r, fill(1.0f));
+    return times_power_of_two(series, n);
+}
 
 INLINE float to_float(float value) { return value; }
 INLINE float to_float(BFloat16 value) {
@@ -257,10 +334,12 @@ struct Columns {
     const typename Dot::Weight* rows[COLUMNS];
     alignas(64) typename Dot::Weight ends[COLUMNS][Dot::STEP];
 
-    Columns(const typename Dot::Weight* weight, int64_t first, int64_t num_columns, int64_t num_inputs) {
+    // `row_at(c)` is the first element of the tile's row c.
+    template <class RowAt>
+    INLINE Columns(int64_t num_inputs, const RowAt& row_at) {
         const int64_t whole = num_inputs / Dot::STEP * Dot::STEP;
         for (int c = 0; c < COLUMNS; c++) {
-            rows[c] = weight + std::min(first + c, num_columns - 1) * num_inputs;
+            rows[c] = row_at(c);
             if (whole == num_inputs) continue;
             std::memset(ends[c], 0, sizeof ends[c]);
             std::memcpy(ends[c], rows[c] + whole, (num_inputs - whole) * sizeof(typename Dot::Weight));
@@ -399,7 +478,8 @@ void multiply_all(
             const int64_t first_row = block * cut.rows_per_block;
             const int64_t end_row = std::min(num_rows, first_row + cut.rows_per_block);
             for (int64_t column = chunk * cut.columns_per_chunk; column < end_column; column += COLUMNS) {
-                const Columns<Dot> columns(weight, column, num_columns, num_inputs);
+                const Columns<Dot> columns(
+                    num_inputs, [&](int c) { return weight + std::min(column + c, num_columns - 1) * num_inputs; });
                 const int64_t row_bytes = num_inputs * sizeof(typename Dot::Weight);
                 const int64_t ahead = bytes_ahead(row_bytes, column + COLUMNS >= end_column);
                 Cut::tiles(first_row, end_row, Dot::MAX_ROWS, [&](int64_t row, int64_t tile_rows) {
@@ -417,9 +497,20 @@ void multiply_all(
 thread_local Scratch input_scratch;
 
 constexpr int64_t UNIT = 64;
+constexpr int64_t WORTH_THREADS = 1 << 15;  // elements of small work; below this the threads cost more
 INLINE int64_t padded(int64_t num_inputs) { return (num_inputs + UNIT - 1) / UNIT * UNIT; }
 
-// x as a Dot reads it: (num_rows, padded(num_inputs)), filled up with zeros.
+// A row of x as a Dot reads it, filled up with zeros to whole units.
+template <class Dot>
+INLINE void arrange_row(const typename Dot::Weight* x, int64_t num_inputs, typename Dot::Input* to) {
+    for (int64_t k = 0; k < padded(num_inputs); k += Dot::STEP) {
+        alignas(64) typename Dot::Weight step[Dot::STEP] = {};
+        const int64_t count = std::min<int64_t>(Dot::STEP, num_inputs - k);
+        if (count > 0) std::memcpy(step, x + k, count * sizeof step[0]);
+        Dot::arrange(step, to + k);
+    }
+}
+
 template <class Dot>
 const typename Dot::Input* arrange(
     const typename Dot::Weight* x, int64_t num_rows, int64_t num_inputs, int64_t num_threads) {
@@ -428,13 +519,8 @@ const typename Dot::Input* arrange(
     }
     const int64_t stride = padded(num_inputs);
     auto* arranged = input_scratch.take<typename Dot::Input>(num_rows * stride);
-    for_each(num_rows, num_rows * num_inputs < 1 << 15 ? 1 : num_threads, [&](int64_t row) {
-        for (int64_t k = 0; k < stride; k += Dot::STEP) {
-            alignas(64) typename Dot::Weight step[Dot::STEP] = {};
-            const int64_t count = std::min<int64_t>(Dot::STEP, num_inputs - k);
-            if (count > 0) std::memcpy(step, x + row * num_inputs + k, count * sizeof step[0]);
-            Dot::arrange(step, arranged + row * stride + k);
-        }
+    for_each(num_rows, num_rows * num_inputs < WORTH_THREADS ? 1 : num_threads, [&](int64_t row) {
+        arrange_row<Dot>(x + row * num_inputs, num_inputs, arranged + row * stride);
     });
     return arranged;
 }
@@ -529,7 +615,7 @@ void quantize_row(const Element* x, int64_t num_inputs, int64_t row, const Quant
 
 template <class Element>
 void quantize_all(const void* x, int64_t num_rows, int64_t num_inputs, const QuantizedRows& to, int64_t num_threads) {
-    for_each(num_rows, num_rows * num_inputs < 1 << 15 ? 1 : num_threads, [&](int64_t row) {
+    for_each(num_rows, num_rows * num_inputs < WORTH_THREADS ? 1 : num_threads, [&](int64_t row) {
         quantize_row(static_cast<const Element*>(x) + row * num_inputs, num_inputs, row, to);
     });
 }
@@ -642,6 +728,317 @@ void multiply_int4(
     });
 }
 
+// -------------------------------------------------------------------------------------------------------- attention
+//
+// One query token per sequence over a paged cache. The query heads that share a KV head are rows against its keys. The
+// context is cut into parts of fixed places, so that a long one is shared by threads and the result is always the same:
+// a part gives its largest score, its sum of weights and its weighted sum of values, which are put together in order.
+
+struct Cache {
+    const void* keys;         // (num_kv_heads, num_slots, head_dim)
+    const void* values;
+    int64_t head_stride;      // in elements
+    int64_t num_kv_heads;
+    int64_t head_dim;
+    int64_t block_size;
+};
+
+struct Decoding {
+    const void* query;        // (num_heads, num_tokens, head_dim), of these strides in elements
+    int64_t head_stride;
+    int64_t token_stride;
+    const int32_t* rows;      // (num_sequences,) the sequences' tokens in query and output
+    const int32_t* lengths;   // (num_sequences,) their contexts
+    const int32_t* blocks;    // (num_sequences, max_blocks) their block tables
+    int64_t num_sequences;
+    int64_t max_blocks;
+    int64_t num_heads;
+    int64_t window;           // 0: none
+    float scaling;
+};
+
+constexpr int64_t PART = 512, TILE = 64;
+
+struct Part {
+    int32_t sequence, index, num_parts;
+};
+
+// The running softmax of a group of query rows.
+struct Softmax {
+    float* largest;           // (group,)
+    float* total;             // (group,)
+    float* sums;              // (group, head_dim)
+
+    Softmax(float* memory, int64_t group) : largest(memory), total(memory + group), sums(memory + 2 * group) {}
+    static int64_t size(int64_t group, int64_t head_dim) { return group * (head_dim + 2); }
+};
+
+// sums = sums * factors + weights (group, TILE) of `count` tokens times their values.
+template <class Element, int ROWS, int VECTORS>
+INLINE void add_values(
+    const Element* values, const int64_t* slots, int64_t count, int64_t head_dim, const float* weights,
+    const float* factors, float* sums) {
+    Floats added[ROWS][VECTORS];
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++)
+            added[r][v] = load(sums + r * head_dim + v * LANES) * fill(factors[r]);
+    for (int64_t token = 0; token < count; token++) {
+        Floats value[VECTORS];
+        UNROLL for (int v = 0; v < VECTORS; v++) value[v] = load(values + slots[token] * head_dim + v * LANES);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                added[r][v] = fma(fill(weights[r * TILE + token]), value[v], added[r][v]);
+    }
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++) store(sums + r * head_dim + v * LANES, added[r][v]);
+}
+
+template <class Element, int ROWS>
+INLINE void add_all_values(
+    const Element* values, const int64_t* slots, int64_t count, int64_t head_dim, const float* weights,
+    const float* factors, float* sums) {
+    int64_t d = 0;
+    for (; d + 4 * LANES <= head_dim; d += 4 * LANES)
+        add_values<Element, ROWS, 4>(values + d, slots, count, head_dim, weights, factors, sums + d);
+    for (; d + LANES <= head_dim; d += LANES)
+        add_values<Element, ROWS, 1>(values + d, slots, count, head_dim, weights, factors, sums + d);
+    for (; d < head_dim; d++)
+        for (int r = 0; r < ROWS; r++) {
+            float added = sums[r * head_dim + d] * factors[r];
+            for (int64_t token = 0; token < count; token++)
+                added += weights[r * TILE + token] * to_float(values[slots[token] * head_dim + d]);
+            sums[r * head_dim + d] = added;
+        }
+}
+
+template <class Dot>
+void score_tile(
+    const typename Dot::Input* query, int64_t group, const typename Dot::Weight* keys, const int64_t* slots,
+    int64_t count, int64_t head_dim, float* scores) {
+    for (int64_t token = 0; token < count; token += COLUMNS) {
+        const Columns<Dot> columns(
+            head_dim, [&](int c) { return keys + slots[std::min(token + c, count - 1)] * head_dim; });
+        Cut::tiles(0, group, Dot::MAX_ROWS, [&](int64_t row, int64_t tile_rows) {
+            with_rows<Dot::MAX_ROWS>(tile_rows, [&](auto tile) {
+                constexpr int ROWS = decltype(tile)::value;
+                Floats sums[ROWS][COLUMNS];
+                const int64_t stride = padded(head_dim);
+                multiply_tile<Dot, ROWS>(columns, query + row * stride, stride, head_dim, TILE * head_dim, sums);
+                UNROLL for (int r = 0; r < ROWS; r++)
+                    _mm_storeu_ps(
+                        scores + (row + r) * TILE + token,
+                        sum_four(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
+            });
+        });
+    }
+}
+
+// Scores of a tile to weights; the sums so far must be multiplied by `factors`.
+INLINE void weigh_tile(float* scores, int64_t group, int64_t count, float scaling, const Softmax& state, float* factors) {
+    constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+    for (int64_t g = 0; g < group; g++) {
+        float* row = scores + g * TILE;
+        for (int64_t token = count; token < TILE; token++) row[token] = LOWEST;
+        Floats highest = fill(LOWEST);
+        for (int64_t token = 0; token < count; token += LANES) {
+            store(row + token, load(row + token) * fill(scaling));
+            highest = max(highest, load(row + token));
+        }
+        const float new_largest = std::max(state.largest[g], largest(highest));
+        factors[g] = state.largest[g] == LOWEST ? 0.0f : std::exp(state.largest[g] - new_largest);
+        Floats total = zeros();
+        for (int64_t token = 0; token < count; token += LANES) {
+            Floats weights = exponential(load(row + token) - fill(new_largest));
+            store(row + token, weights);
+            total = total + weights;  // those beyond `count` are e^-87
+        }
+        state.total[g] = state.total[g] * factors[g] + sum(total);
+        state.largest[g] = new_largest;
+    }
+}
+
+template <class Element>
+void write_result(const Softmax& state, int64_t group, int64_t head_dim, Element* output) {
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t d = 0; d < head_dim; d++)
+            put(output + g * head_dim + d, state.sums[g * head_dim + d] / state.total[g]);
+}
+
+thread_local Scratch part_scratch, tile_scratch;
+
+template <class Dot>
+void attend_part(const Cache& cache, const Decoding& decoding, const Part& part, int64_t kv_head, const Softmax& state) {
+    typedef typename Dot::Weight Element;
+    typedef typename Dot::Input Input;
+    const int64_t head_dim = cache.head_dim, group = decoding.num_heads / cache.num_kv_heads, stride = padded(head_dim);
+    const int64_t floats = group * (TILE + 1);
+    float* scores = tile_scratch.take<float>(floats + group * stride);
+    float* factors = scores + group * TILE;
+    Input* query = reinterpret_cast<Input*>(factors + group);
+    for (int64_t g = 0; g < group; g++) {
+        const Element* from = static_cast<const Element*>(decoding.query)
+            + (kv_head * group + g) * decoding.head_stride + decoding.rows[part.sequence] * decoding.token_stride;
+        arrange_row<Dot>(from, head_dim, query + g * stride);
+        state.largest[g] = -std::numeric_limits<float>::infinity();
+        state.total[g] = 0.0f;
+    }
+    std::memset(state.sums, 0, group * head_dim * sizeof(float));
+    const Element* keys = static_cast<const Element*>(cache.keys) + kv_head * cache.head_stride;
+    const Element* values = static_cast<const Element*>(cache.values) + kv_head * cache.head_stride;
+    const int32_t* blocks = decoding.blocks + part.sequence * decoding.max_blocks;
+    const int64_t length = decoding.lengths[part.sequence];
+    const int64_t first_seen = decoding.window ? std::max<int64_t>(0, length - decoding.window) : 0;
+    const int64_t end = std::min(length, (part.index + 1) * PART);
+    for (int64_t first = std::max(first_seen, part.index * PART); first < end; first += TILE) {
+        const int64_t count = std::min(TILE, end - first);
+        int64_t slots[TILE];
+        for (int64_t i = 0; i < count; i++)
+            slots[i] = blocks[(first + i) / cache.block_size] * cache.block_size + (first + i) % cache.block_size;
+        score_tile<Dot>(query, group, keys, slots, count, head_dim, scores);
+        weigh_tile(scores, group, count, decoding.scaling, state, factors);
+        Cut::tiles(0, group, 4, [&](int64_t row, int64_t tile_rows) {
+            with_rows<4>(tile_rows, [&](auto tile) {
+                add_all_values<Element, decltype(tile)::value>(
+                    values, slots, count, head_dim, scores + row * TILE, factors + row, state.sums + row * head_dim);
+            });
+        });
+    }
+}
+
+// Puts the parts' states together, in order, into the first.
+INLINE void merge_parts(float* states, int64_t num_parts, int64_t stride, int64_t group, int64_t head_dim) {
+    const Softmax whole(states, group);
+    for (int64_t index = 1; index < num_parts; index++) {
+        const Softmax part(states + index * stride, group);
+        for (int64_t g = 0; g < group; g++) {
+            if (part.total[g] == 0.0f) continue;  // all of it is before the window
+            const float largest = std::max(whole.largest[g], part.largest[g]);
+            const float of_whole = whole.total[g] == 0.0f ? 0.0f : std::exp(whole.largest[g] - largest);
+            const float of_part = std::exp(part.largest[g] - largest);
+            for (int64_t d = g * head_dim; d < (g + 1) * head_dim; d++)
+                whole.sums[d] = whole.sums[d] * of_whole + part.sums[d] * of_part;
+            whole.total[g] = whole.total[g] * of_whole + part.total[g] * of_part;
+            whole.largest[g] = largest;
+        }
+    }
+}
+
+template <class Dot>
+void attend(const Cache& cache, const Decoding& decoding, void* output, int64_t num_threads) {
+    typedef typename Dot::Weight Element;
+    const int64_t group = decoding.num_heads / cache.num_kv_heads, head_dim = cache.head_dim;
+    const int64_t stride = Softmax::size(group, head_dim);
+    std::vector<Part> parts;
+    for (int32_t s = 0; s < decoding.num_sequences; s++) {
+        const int32_t num_parts = (decoding.lengths[s] + PART - 1) / PART;
+        for (int32_t index = 0; index < num_parts; index++) parts.push_back({s, index, num_parts});
+    }
+    const int64_t num_parts = parts.size();
+    float* states = part_scratch.take<float>(num_parts * cache.num_kv_heads * stride);
+    auto write = [&](int32_t sequence, int64_t kv_head, const float* state) {
+        Element* to = static_cast<Element*>(output)
+            + (decoding.rows[sequence] * decoding.num_heads + kv_head * group) * head_dim;
+        write_result(Softmax(const_cast<float*>(state), group), group, head_dim, to);
+    };
+    for_each(num_parts * cache.num_kv_heads, num_threads, [&](int64_t task) {
+        const int64_t kv_head = task / num_parts;
+        const Part& part = parts[task % num_parts];
+        float* state = states + task * stride;
+        attend_part<Dot>(cache, decoding, part, kv_head, Softmax(state, group));
+        if (part.num_parts == 1) write(part.sequence, kv_head, state);
+    });
+    for (int64_t task = 0; task < num_parts * cache.num_kv_heads; task++) {
+        const Part& part = parts[task % num_parts];
+        if (part.num_parts == 1 || part.index > 0) continue;
+        merge_parts(states + task * stride, part.num_parts, stride, group, head_dim);
+        write(part.sequence, task / num_parts, states + task * stride);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- a layer's operators
+//
+// Each rounds to the element type where transformers' modules do, so that float32 and bfloat16 agree with them.
+
+// x (+ added, which becomes the sum) divided by its root mean square, times weight.
+template <class Element>
+void normalize_row(const Element* x, Element* added, const Element* weight, Element* output, int64_t size, float epsilon) {
+    const int64_t whole = size / LANES * LANES;
+    Floats squares = zeros();
+    float more_squares = 0.0f;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        Floats value = load(x + i);
+        if (added) {
+            value = rounded(value + load(added + i), Element());
+            store(added + i, value);
+        }
+        squares = fma(value, value, squares);
+    }
+    for (int64_t i = whole; i < size; i++) {
+        if (added) put(added + i, to_float(x[i]) + to_float(added[i]));
+        const float value = to_float(added ? added[i] : x[i]);
+        more_squares += value * value;
+    }
+    const float factor = 1.0f / std::sqrt((sum(squares) + more_squares) / size + epsilon);
+    const Element* from = added ? added : x;
+    for (int64_t i = 0; i < whole; i += LANES)
+        store(output + i, rounded(load(from + i) * fill(factor), Element()) * load(weight + i));
+    for (int64_t i = whole; i < size; i++) {
+        Element normalized;
+        put(&normalized, to_float(from[i]) * factor);
+        put(output + i, to_float(normalized) * to_float(weight[i]));
+    }
+}
+
+INLINE Floats silu(Floats x) { return x / (fill(1.0f) + exponential(zeros() - x)); }
+
+template <class Element>
+void gate_row(const Element* gate, const Element* up, Element* output, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, size - i);
+        if (count == LANES) {
+            store(output + i, rounded(silu(load(gate + i)), Element()) * load(up + i));
+            continue;
+        }
+        Element gates[LANES] = {}, ups[LANES] = {}, results[LANES];
+        std::memcpy(gates, gate + i, count * sizeof(Element));
+        std::memcpy(ups, up + i, count * sizeof(Element));
+        store(results, rounded(silu(load(gates)), Element()) * load(ups));
+        std::memcpy(output + i, results, count * sizeof(Element));
+    }
+}
+
+// Turns pairs of a head's elements: (i, i + half) or, interleaved, (2i, 2i + 1).
+template <class Element>
+void rotate_head(Element* head, const Element* cosines, const Element* sines, int64_t half, bool is_interleaved) {
+    int64_t i = 0;
+    if (!is_interleaved)
+        for (; i + LANES <= half; i += LANES) {
+            Floats a = load(head + i), b = load(head + half + i), cosine = load(cosines + i), sine = load(sines + i);
+            store(head + i, rounded(a * cosine, Element()) - rounded(b * sine, Element()));
+            store(head + half + i, rounded(b * cosine, Element()) + rounded(a * sine, Element()));
+        }
+    auto product = [](Element a, Element b) {
+        Element result;
+        put(&result, to_float(a) * to_float(b));
+        return to_float(result);
+    };
+    for (; i < half; i++) {
+        Element* first = is_interleaved ? head + 2 * i : head + i;
+        Element* second = is_interleaved ? first + 1 : first + half;
+        const Element a = *first, b = *second;
+        put(first, product(a, cosines[i]) - product(b, sines[i]));
+        put(second, product(b, cosines[i]) + product(a, sines[i]));
+    }
+}
+
+// Calls run with an element of the type that Python numbers so.
+template <class Run>
+INLINE void with_element(int64_t element, const Run& run) {
+    if (element == BFLOAT16) run(BFloat16());
+    else if (element == FLOAT32) run(float());
+    else run(Float16());
+}
+
 extern "C" {
 
 // The shapes are those of products.py, whose functions check them: x (num_rows, num_inputs), output (num_rows,
@@ -670,6 +1067,63 @@ void fastchat_multiply_int4(
     int64_t num_rows, int64_t num_columns, int64_t num_inputs, int64_t num_groups, int64_t num_threads) {
     const QuantizedRows rows = quantize(element, x, num_rows, num_inputs, true, num_threads);
     multiply_int4(rows, weight, scales, {element, output, bias, num_columns}, num_rows, num_groups, num_threads);
+}
+
+void fastchat_attend(
+    int64_t element, const void* query, const void* keys, const void* values, void* output, const int32_t* rows,
+    const int32_t* lengths, const int32_t* blocks, int64_t num_sequences, int64_t max_blocks, int64_t num_heads,
+    int64_t num_kv_heads, int64_t head_dim, int64_t query_head_stride, int64_t query_token_stride,
+    int64_t cache_head_stride, int64_t block_size, int64_t window, float scaling, int64_t num_threads) {
+    const Cache cache{keys, values, cache_head_stride, num_kv_heads, head_dim, block_size};
+    const Decoding decoding{
+        query, query_head_stride, query_token_stride, rows, lengths, blocks,
+        num_sequences, max_blocks, num_heads, window, scaling};
+    if (element == BFLOAT16) attend<DotBFloat16>(cache, decoding, output, num_threads);
+    else if (element == FLOAT32) attend<DotWidened<float>>(cache, decoding, output, num_threads);
+    else attend<DotWidened<Float16>>(cache, decoding, output, num_threads);
+}
+
+// `added` may be null.
+void fastchat_normalize(
+    int64_t element, const void* x, void* added, const void* weight, void* output, int64_t num_rows, int64_t size,
+    float epsilon, int64_t num_threads) {
+    with_element(element, [&](auto zero) {
+        typedef decltype(zero) Element;
+        for_each(num_rows, num_rows * size < WORTH_THREADS ? 1 : num_threads, [&](int64_t row) {
+            normalize_row(
+                static_cast<const Element*>(x) + row * size, added ? static_cast<Element*>(added) + row * size : nullptr,
+                static_cast<const Element*>(weight), static_cast<Element*>(output) + row * size, size, epsilon);
+        });
+    });
+}
+
+// x (num_rows, 2 size): gates, then what they gate.
+void fastchat_silu_and_multiply(
+    int64_t element, const void* x, void* output, int64_t num_rows, int64_t size, int64_t num_threads) {
+    with_element(element, [&](auto zero) {
+        typedef decltype(zero) Element;
+        for_each(num_rows, num_rows * size < WORTH_THREADS ? 1 : num_threads, [&](int64_t row) {
+            const Element* gate = static_cast<const Element*>(x) + row * 2 * size;
+            gate_row(gate, gate + size, static_cast<Element*>(output) + row * size, size);
+        });
+    });
+}
+
+// heads (num_tokens, num_heads, head_dim) with tokens `token_stride` apart; cosines and sines (num_tokens, half).
+void fastchat_rotate(
+    int64_t element, void* heads, const void* cosines, const void* sines, int64_t num_tokens, int64_t num_heads,
+    int64_t head_dim, int64_t token_stride, int64_t half, int64_t is_interleaved, int64_t num_threads) {
+    with_element(element, [&](auto zero) {
+        typedef decltype(zero) Element;
+        const bool is_small = num_tokens * num_heads * half < WORTH_THREADS;
+        for_each(num_tokens, is_small ? 1 : num_threads, [&](int64_t token) {
+            for (int64_t head = 0; head < num_heads; head++)
+                rotate_head(
+                    static_cast<Element*>(heads) + token * token_stride + head * head_dim,
+                    static_cast<const Element*>(cosines) + token * half,
+                    static_cast<const Element*>(sines) + token * half, half, is_interleaved != 0);
+        });
+    });
 }
 
 }  // extern "C"
