@@ -24,6 +24,16 @@ def create_chat_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = create_parser("chat", "Talk in the terminal with a model of a running server.", epilog=EPILOG)
     parser.prog = "fastchat chat"
+    add_server_flags(parser)
+    parser.add_argument(
+        "--model", metavar="NAME", help="which of its models (default: the only one, else you are asked)"
+    )
+    add_session_flags(parser, max_new_tokens=None)
+    return parser
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Which server, and the key for it."""
     parser.add_argument(
         "--url",
         type=flag_type(base_url_of),
@@ -31,13 +41,13 @@ def create_chat_parser() -> argparse.ArgumentParser:
         help=f"the server; without a path /v1 is added (default: {URL_VARIABLE}, else {DEFAULT_URL})",
     )
     parser.add_argument(
-        "--model", metavar="NAME", help="which of its models (default: the only one, else you are asked)"
-    )
-    parser.add_argument(
         "--api-key", metavar="KEY", help=f"key for the server, seen by others of this machine (default: {KEY_VARIABLE})"
     )
-    add_session_flags(parser, max_new_tokens=None)
-    return parser
+
+
+def server_of(arguments: argparse.Namespace) -> tuple[str, str | None]:
+    """The server's URL with its `/v1`, and the key for it: of the flags, else of the environment."""
+    return arguments.url or _url_of_environment(), arguments.api_key or os.environ.get(KEY_VARIABLE) or None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = create_chat_parser().parse_args(argv)
     configure_logging("chat", level="WARNING")
     screen = create_screen(arguments)
-    url = arguments.url or _url_of_environment()
-    api_key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
+    url, api_key = server_of(arguments)
     with asyncio.Runner() as runner:
         served = runner.run(list_models(url, api_key=api_key))
     try:

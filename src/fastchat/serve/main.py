@@ -27,9 +27,11 @@ class Command:
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "fastchat.serve.launch", "start everything: controller, API server and a worker for each model"),
     Command("chat", "fastchat.serve.chat", "talk in the terminal with a model of a running server"),
+    Command("compare", "fastchat.serve.compare", "show two models' answers side by side, and vote"),
     Command("cli", "fastchat.serve.cli", "talk in the terminal with a model that is loaded there, without a server"),
     Command("models", "fastchat.serve.models_command", "say what a folder is and what loading it will take"),
     Command("keys", "fastchat.serve.keys_command", "make, list and revoke the API keys that clients send"),
+    Command("votes", "fastchat.serve.votes_command", "write all votes on compared models as JSON lines"),
     Command("controller", "fastchat.serve.controller", "the process that knows all workers"),
     Command("model-worker", "fastchat.serve.model_worker", "a worker with one model"),
     Command("multi-model-worker", "fastchat.serve.multi_model_worker", "a worker with several models"),

@@ -25,7 +25,7 @@ EPILOG = (
 def add_session_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int | None) -> None:
     """What is said and how it is shown. `max_new_tokens` is the default, None for what is left of the context."""
     parser.add_argument("--conv-system-msg", metavar="TEXT", default="", help="system message (default: the format's)")
-    _add_sampling_flags(parser, max_new_tokens)
+    add_sampling_flags(parser, max_new_tokens)
     parser.add_argument(
         "--no-history", action="store_true", help="send each question alone, without what was said (default: off)"
     )
@@ -48,7 +48,8 @@ def add_session_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int | 
     )
 
 
-def _add_sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int | None) -> None:
+def add_sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int | None) -> None:
+    """How answers are made, in FastChat's words."""
     parser.add_argument(
         "--temperature",
         type=flag_type(number_from(0, 2)),
