@@ -104,18 +104,24 @@ def serving(cluster, path, *, logs_text=False, **config):
 
 
 @pytest.fixture(scope="module")
-def workers(cluster):
+def registered_workers(cluster):
     """Two canned workers, of `apple-7b` and `berry-9b`."""
     with cluster.worker("w1", ("apple-7b",)) as apple, cluster.worker("w2", ("berry-9b",)) as berry:
         yield {"apple-7b": apple, "berry-9b": berry}
 
 
 @pytest.fixture
-def client(cluster, workers, tmp_path):
-    """A client of a fresh arena that sees both workers."""
-    for worker in workers.values():
+def workers(registered_workers):
+    """The workers by their models; they have heard nothing yet and answer well."""
+    for worker in registered_workers.values():
         worker.acts.clear()
         worker.received.clear()
+    return registered_workers
+
+
+@pytest.fixture
+def client(cluster, workers, tmp_path):
+    """A client of a fresh arena that sees both workers."""
     with serving(cluster, tmp_path / "arena.sqlite") as client:
         cluster.wait_for_models(client.url, "apple-7b", "berry-9b")
         yield client

@@ -45,6 +45,11 @@ class Database:
     def __repr__(self) -> str:
         return f"<Database {self._path.name} {'open' if self._connection else 'not open'} waiting={self._num_waiting}>"
 
+    @property
+    def is_open(self) -> bool:
+        """Whether `open` succeeded."""
+        return self._connection is not None
+
     async def open(self) -> None:
         """Open the file and make its tables. A failure is logged, and met again by every `run`."""
         try:

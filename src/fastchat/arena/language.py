@@ -19,13 +19,13 @@ _MIN_KANA_SHARE = 0.1
 _MAX_ACCENTED_SHARE = 0.03
 
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
-_HAN = re.compile(r"[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]")
-_KANA = re.compile(r"[ぁ-ゖァ-ヺ]")
-_HANGUL = re.compile(r"[가-힣ᄀ-ᇿ㄰-㆏]")
-_CYRILLIC_WORD = re.compile(r"[Ѐ-ԯ]+")
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+_KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
+_HANGUL = re.compile(r"[\uac00-\ud7a3\u1100-\u11ff\u3130-\u318f]")
+_CYRILLIC_WORD = re.compile(r"[\u0400-\u052f]+")
 _NOT_RUSSIAN = re.compile(r"[іїєґўјљњћђџѓќѕәғқңөұүһ]", re.IGNORECASE)
-_LATIN_WORD = re.compile(r"[A-Za-zÀ-ÖØ-öø-ɏḀ-ỿ]+(?:['’][A-Za-z]+)?")
-_ACCENTED = re.compile(r"[À-ÖØ-öø-ɏḀ-ỿ]")
+_LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff]+(?:['\u2019][A-Za-z]+)?")
+_ACCENTED = re.compile(r"[\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff]")
 _OTHER_WORD = re.compile(r"[^\W\d_]+")
 
 _ENGLISH = (

@@ -116,7 +116,8 @@ class Arena:
         writer = Database(self._config.path, SCHEMA, writes=True)
         reader = Database(self._config.path, SCHEMA, writes=False)
         await writer.open()
-        await reader.open()
+        if writer.is_open:  # else the reason is logged already
+            await reader.open()
         self._chat = chat
         self._records = ArenaRecords(writer, logs_text=self._config.logs_text)
         self._votes = VoteLog(reader)
