@@ -89,7 +89,9 @@ def loaded_by(statement: str) -> set[str]:
     return set(output.stdout.split())
 
 
-@pytest.mark.parametrize("name", ["controller", "openai_api_server", "chat", "cli", "models_command"])
+@pytest.mark.parametrize(
+    "name", ["controller", "openai_api_server", "chat", "compare", "cli", "models_command", "votes_command"]
+)
 def test_processes_that_compute_nothing_never_load_torch(name):
     """The control plane and the API server stay small and start fast."""
     loaded = loaded_by(f"import fastchat.serve.{name}")

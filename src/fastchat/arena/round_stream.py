@@ -31,6 +31,7 @@ MAX_WAITING_PIECES = 64
 """A side that is this far ahead of its reader waits."""
 
 Json = dict[str, Any]  # Any: JSON
+_SHOWN_REASONS = frozenset({"stop", "length", "content_filter", "tool_calls"})
 _SHOWN_DELTA = ("role", "content", "reasoning_content")
 _TOO_LONG = {
     "message": "The conversation and the answer asked for are too long for this model; begin a new round.",
@@ -118,12 +119,14 @@ class Side:
         if isinstance(error, dict):
             return self.fail(error)
         choices = [choice for choice in chunk.get("choices") or [] if isinstance(choice, dict)]
+        if self._is_blind:
+            choices = [_without_name(choice) for choice in choices]
         for choice in choices:
             self._note(choice)
         if self._is_blind:
             if not choices:
                 return b""
-            chunk = {"object": "chat.completion.chunk", "choices": [_without_name(choice) for choice in choices]}
+            chunk = {"object": "chat.completion.chunk", "choices": choices}
         return framed("chunk", {**self.tag(), "chunk": chunk})
 
     def _note(self, choice: Json) -> None:
@@ -252,10 +255,14 @@ def _malformed() -> UnavailableError:
 
 
 def _without_name(choice: Json) -> Json:
-    """A choice with what the reader needs and nothing that tells the model."""
-    delta = choice.get("delta")
+    """A choice with what the reader needs and nothing that tells the model or its server."""
+    delta, reason = choice.get("delta"), choice.get("finish_reason")
     shown = {name: delta[name] for name in _SHOWN_DELTA if name in delta} if isinstance(delta, dict) else {}
-    return {"index": 0, "delta": shown, "finish_reason": choice.get("finish_reason")}
+    return {
+        "index": 0,
+        "delta": shown,
+        "finish_reason": reason if reason is None or reason in _SHOWN_REASONS else "stop",
+    }
 
 
 def _error_of(error: FastChatError) -> Json:
