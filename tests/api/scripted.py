@@ -153,10 +153,16 @@ class ScriptedEngine(EngineClient):
             self.give(SequenceEvent(sequence_id, finish_reason=FinishReason.ABORT))
 
 
-def served(engine: EngineClient, *, chat_format: LineFormat | None = None, **options: object) -> ServedModels:
+def served(
+    engine: EngineClient,
+    *,
+    tokenizer: ByteTokenizer | None = None,
+    chat_format: LineFormat | None = None,
+    **options: object,
+) -> ServedModels:
     model = ServedModel(
         names=("toy",),
-        tokenizer=ByteTokenizer(),
+        tokenizer=tokenizer or ByteTokenizer(),
         chat_format=chat_format or LineFormat(),
         engine=engine,
         max_context=engine.limits.max_context,

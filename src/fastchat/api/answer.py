@@ -15,6 +15,7 @@ import orjson
 
 from fastchat.api.choice import Choice, ChoicePlan, Delta
 from fastchat.api.generation import Generation, Usage
+from fastchat.api.off_the_loop import off_the_loop
 from fastchat.api.parameters import Ignored
 from fastchat.api.protocol import GenerationBody
 from fastchat.api.request_context import RequestContext
@@ -22,7 +23,6 @@ from fastchat.api.resume import Resume
 from fastchat.api.sampling import AnswerLength, choice_sampling
 from fastchat.api.served_model import SYSTEM_FINGERPRINT, ServedModel
 from fastchat.api.streaming import DONE_EVENT, chunk_event, ids_tag, prompt_tag
-from fastchat.api.text_work import off_the_loop
 from fastchat.engine.sampling_params import SamplingParams
 
 Json = dict[str, Any]  # Any: JSON has any value

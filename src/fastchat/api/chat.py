@@ -10,14 +10,13 @@ from fastchat.api.answer import Answer, Json, answer_head, plan_choices
 from fastchat.api.choice import Choice, Delta, TextRules
 from fastchat.api.generation import Generation, RecordHook
 from fastchat.api.logprobs import chat_logprobs
-from fastchat.api.parameters import parse_body
 from fastchat.api.protocol import ChatCompletionRequest
 from fastchat.api.request_context import RequestContext
 from fastchat.api.resume import Resume
 from fastchat.api.sampling import AnswerLength, base_sampling
 from fastchat.api.served_model import ServedModel, ServedModels
 from fastchat.api.stop_strings import StopStrings
-from fastchat.api.text_work import chat_messages, render, unread_fields
+from fastchat.api.text_work import chat_messages, parsed, render, unread_fields
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.interface import ChatMessage, Tokenizer
 
@@ -30,7 +29,7 @@ async def prepare_chat(
 ) -> Answer:
     """A checked and tokenized request; nothing runs yet. Raises `RequestError`."""
     resume = Resume.taken_from(document, context)
-    body, ignored = parse_body(ChatCompletionRequest, document)
+    body, ignored = await parsed(ChatCompletionRequest, document)
     model = models.find(body.model)
     resume.check(body.num_choices)
     base = _sampling(body, model, context)

@@ -11,14 +11,13 @@ from fastchat.api.chat import cache_salt
 from fastchat.api.choice import Choice, Delta, TextRules
 from fastchat.api.generation import Generation, RecordHook
 from fastchat.api.logprobs import completion_logprobs
-from fastchat.api.parameters import parse_body
 from fastchat.api.protocol import CompletionRequest
 from fastchat.api.request_context import RequestContext
 from fastchat.api.resume import Resume
 from fastchat.api.sampling import AnswerLength, base_sampling
 from fastchat.api.served_model import ServedModel, ServedModels
 from fastchat.api.stop_strings import StopStrings
-from fastchat.api.text_work import check_token_ids, encode, off_the_loop
+from fastchat.api.text_work import parsed, prompts_ids, prompts_texts
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.detokenizer import Detokenizer
 from fastchat.models.interface import Tokenizer
@@ -34,11 +33,11 @@ async def prepare_completion(
 ) -> Answer:
     """A checked and tokenized request; nothing runs yet. Raises `RequestError`."""
     resume = Resume.taken_from(document, context)
-    body, ignored = parse_body(CompletionRequest, document)
+    body, ignored = await parsed(CompletionRequest, document)
     model = models.find(body.model)
     resume.check(len(body.prompt) * body.num_choices)
     base = _sampling(body, model, context)
-    prompts = [await prompt_ids(model, prompt, param="prompt") for prompt in body.prompt]
+    prompts = await prompts_ids(model, body.prompt, param="prompt")
     plans = plan_choices(
         prompts,
         base,
@@ -57,7 +56,7 @@ async def prepare_completion(
         cache_salt=cache_salt(context, body.cache_salt),
         on_record=on_record,
     )
-    echoes = [await _prompt_text(model, prompt) for prompt in body.prompt] if body.echo else None
+    echoes = await prompts_texts(model, body.prompt) if body.echo else None
     shape = CompletionShape(
         model.tokenizer,
         has_logprobs=body.logprobs is not None,
@@ -66,13 +65,6 @@ async def prepare_completion(
         returns_token_ids=bool(body.return_token_ids),
     )
     return Answer(answer_head("cmpl", body, model, context), shape, generation, ignored)
-
-
-async def prompt_ids(model: ServedModel, prompt: str | tuple[int, ...], *, param: str) -> tuple[int, ...]:
-    """A prompt's ids, checked where the client sent them itself."""
-    if isinstance(prompt, str):
-        return await encode(model, prompt)
-    return check_token_ids(model, prompt, param=param)
 
 
 class CompletionShape:
@@ -161,9 +153,3 @@ def _text_rules(body: CompletionRequest) -> TextRules:
         keeps_stop=bool(body.include_stop_str_in_output),
         skips_special_tokens=body.skip_special_tokens is not False,
     )
-
-
-async def _prompt_text(model: ServedModel, prompt: str | tuple[int, ...]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return await off_the_loop(lambda: model.tokenizer.decode(prompt), size=len(prompt))

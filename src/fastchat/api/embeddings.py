@@ -12,18 +12,20 @@ import math
 import secrets
 import struct
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 
 from fastchat.api.chat import cache_salt
-from fastchat.api.completions import prompt_ids
 from fastchat.api.event_source import open_sequences
 from fastchat.api.generation import EndReason, RecordHook, RequestRecord, Usage, deadline_error
-from fastchat.api.parameters import Ignored, parse_body
+from fastchat.api.off_the_loop import off_the_loop
+from fastchat.api.parameters import Ignored
 from fastchat.api.protocol import EmbeddingRequest
 from fastchat.api.request_context import RequestContext
 from fastchat.api.served_model import ServedModel, ServedModels
+from fastchat.api.text_work import parsed, prompts_ids
 from fastchat.engine.events import FinishReason, SequenceRequest
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.errors import ContextLengthError, EngineError, FastChatError, InvalidRequestError, UnavailableError
@@ -38,10 +40,10 @@ async def prepare_embeddings(
     on_record: RecordHook,
 ) -> EmbeddingAnswer:
     """A checked and tokenized request; nothing runs yet. Raises `RequestError`."""
-    body, ignored = parse_body(EmbeddingRequest, document)
+    body, ignored = await parsed(EmbeddingRequest, document)
     model = models.find(body.model)
     _check_dimensions(body.dimensions, model)
-    inputs = [_fitted(model, await prompt_ids(model, text, param="input")) for text in body.input]
+    inputs = [_fitted(model, ids) for ids in await prompts_ids(model, body.input, param="input")]
     return EmbeddingAnswer(model, body, context, inputs=inputs, ignored=ignored, on_record=on_record)
 
 
@@ -82,18 +84,17 @@ class EmbeddingAnswer:
             raise
         finally:
             self._on_record(self._record(reason))
+        return await off_the_loop(lambda: self._write(vectors), size=sum(map(len, vectors)))
+
+    def _write(self, vectors: Sequence[Vector]) -> bytes:
+        """Written one by one: many vectors in one call of the serializer would hold up every thread."""
         num_tokens = sum(len(token_ids) for token_ids in self._inputs)
-        return orjson.dumps(
-            {
-                "object": "list",
-                "data": [
-                    {"object": "embedding", "index": index, "embedding": self._written(vector)}
-                    for index, vector in enumerate(vectors)
-                ],
-                "model": self._body.model,
-                "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-            }
-        )
+        entries = [
+            orjson.dumps({"object": "embedding", "index": index, "embedding": self._written(vector)})
+            for index, vector in enumerate(vectors)
+        ]
+        rest = {"model": self._body.model, "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens}}
+        return b'{"object":"list","data":[' + b",".join(entries) + b"]," + orjson.dumps(rest)[1:]
 
     async def _compute(self) -> list[Vector]:
         requests = self._requests()

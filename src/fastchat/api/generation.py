@@ -109,7 +109,7 @@ class Generation:
                     yield
             else:
                 yield  # a resumed answer of which only the end is to be told
-        except FastChatError:
+        except Exception:
             self._has_failed = True
             raise
         finally:

@@ -26,7 +26,13 @@ from fastchat.api.error_bodies import (
     internal_error_body,
 )
 from fastchat.api.event_stream import EventStreamResponse
-from fastchat.api.json_body import MAX_BODY_BYTES, parse_json_object, read_body, read_json_object
+from fastchat.api.json_body import (
+    MAX_BODY_BYTES,
+    parse_json_object,
+    parse_off_the_loop,
+    read_body,
+    read_json_object,
+)
 from fastchat.api.request_ids import request_id_of
 from fastchat.errors import FastChatError, InvalidRequestError
 
@@ -42,6 +48,7 @@ __all__ = [
     "error_status",
     "install_error_handlers",
     "parse_json_object",
+    "parse_off_the_loop",
     "read_body",
     "read_json_object",
     "request_id_of",

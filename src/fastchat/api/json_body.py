@@ -22,6 +22,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
+from fastchat.api.off_the_loop import off_the_loop
 from fastchat.errors import BodyTooLargeError, InvalidRequestError
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -30,8 +31,9 @@ MAX_CONTAINERS = 32_768
 """Objects and lists together."""
 MAX_STRINGS = 131_072
 """Keys included."""
-MAX_VALUES = 1_000_000
+MAX_VALUES = 500_000
 """A prompt may be a list of token ids."""
+_BYTES_PER_VALUE = 32
 BODY_DEADLINE_S = 30.0
 """How long a client may take to send its body."""
 
@@ -53,7 +55,12 @@ class BodyLimits:
 
 async def read_json_object(request: Request, limits: BodyLimits | None = None) -> dict[str, Any]:  # JSON has any value
     """The request's body as a JSON object. Raises `InvalidRequestError`, `BodyTooLargeError` or a 415."""
-    return parse_json_object(await read_body(request, limits))
+    return await parse_off_the_loop(await read_body(request, limits))
+
+
+async def parse_off_the_loop(body: bytes) -> dict[str, Any]:  # JSON has any value
+    """`parse_json_object`, in a thread where the body is large."""
+    return await off_the_loop(lambda: parse_json_object(body), size=len(body) // _BYTES_PER_VALUE)
 
 
 async def read_body(request: Request, limits: BodyLimits | None = None) -> bytes:

@@ -88,6 +88,13 @@ def _list_as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _stop_ids(value: object) -> object:
+    """Counted before a million of them are looked at."""
+    if isinstance(value, list) and len(value) > MAX_BIASED_TOKENS:
+        raise PydanticCustomError("stop_token_ids", f"may hold at most {MAX_BIASED_TOKENS} token ids")
+    return value
+
+
 def _biases(value: object) -> object:
     """`logit_bias` as (token id, bias) pairs. JSON keys are strings; they must be plain decimal numbers."""
     if value is None:
@@ -156,7 +163,7 @@ class GenerationBody(ModelBody):
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: StopStrings = ()
-    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_BIASED_TOKENS)] = ()
+    stop_token_ids: Annotated[TokenIds, BeforeValidator(_stop_ids)] = ()
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     skip_special_tokens: bool | None = None

@@ -1,25 +1,47 @@
-"""Text work that may take long goes to a thread, so that it holds up nobody else's stream."""
+"""From what a client sent to text and token ids, and back; what may take long is done off the event loop."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
+from fastchat.api.off_the_loop import off_the_loop
+from fastchat.api.parameters import Ignored, parse_body
 from fastchat.api.protocol import Message
 from fastchat.api.served_model import ServedModel
 from fastchat.errors import InvalidRequestError
 from fastchat.models.interface import ChatMessage
 
-T = TypeVar("T")
-
-_LONG_TEXT = 2000
-"""Characters; a tokenizer takes about a millisecond for so many, and a thread costs a tenth of that."""
+Prompt = str | tuple[int, ...]
+BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
-async def off_the_loop(work: Callable[[], T], *, size: int) -> T:
-    """The result of `work`, computed in a thread when `size` (characters or ids) is large."""
-    return work() if size < _LONG_TEXT else await asyncio.to_thread(work)
+async def parsed(kind: type[BodyT], document: dict[str, Any]) -> tuple[BodyT, Ignored]:  # Any: JSON has any value
+    """`parse_body`, in a thread where the body holds long lists."""
+    size = sum(len(value) for value in document.values() if isinstance(value, list | dict))
+    return await off_the_loop(lambda: parse_body(kind, document), size=size)
+
+
+async def prompts_ids(model: ServedModel, prompts: Sequence[Prompt], *, param: str) -> list[tuple[int, ...]]:
+    """The ids of all prompts of a request, those checked that the client sent itself."""
+
+    def ids(prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(model.tokenizer.encode(prompt))
+        return check_token_ids(model, prompt, param=param)
+
+    return await off_the_loop(lambda: [ids(prompt) for prompt in prompts], size=sum(map(len, prompts)))
+
+
+async def prompts_texts(model: ServedModel, prompts: Sequence[Prompt]) -> list[str]:
+    """The texts of all prompts of a request."""
+
+    def text(prompt: Prompt) -> str:
+        return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+
+    return await off_the_loop(lambda: [text(prompt) for prompt in prompts], size=sum(map(len, prompts)))
 
 
 async def encode(model: ServedModel, text: str, *, adds_prefix: bool = True) -> tuple[int, ...]:

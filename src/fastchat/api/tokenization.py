@@ -6,10 +6,11 @@ from typing import Any
 
 import orjson
 
-from fastchat.api.parameters import Ignored, parse_body
+from fastchat.api.off_the_loop import off_the_loop
+from fastchat.api.parameters import Ignored
 from fastchat.api.protocol import DetokenizeRequest, TokenizeRequest
 from fastchat.api.served_model import ServedModels
-from fastchat.api.text_work import chat_messages, check_token_ids, encode, off_the_loop, render, unread_fields
+from fastchat.api.text_work import chat_messages, check_token_ids, encode, parsed, render, unread_fields
 from fastchat.errors import InvalidRequestError
 
 Json = dict[str, Any]  # Any: JSON has any value
@@ -17,7 +18,7 @@ Json = dict[str, Any]  # Any: JSON has any value
 
 async def tokenize(models: ServedModels, document: Json) -> tuple[bytes, Ignored]:
     """`{"tokens", "count", "max_model_len"}` of a prompt or a conversation."""
-    body, ignored = parse_body(TokenizeRequest, document)
+    body, ignored = await parsed(TokenizeRequest, document)
     model = models.find(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Send either prompt or messages.", param="prompt", code="invalid_value")
@@ -37,7 +38,7 @@ async def tokenize(models: ServedModels, document: Json) -> tuple[bytes, Ignored
 
 async def detokenize(models: ServedModels, document: Json) -> tuple[bytes, Ignored]:
     """`{"prompt"}`: the text of ids, special tokens included."""
-    body, ignored = parse_body(DetokenizeRequest, document)
+    body, ignored = await parsed(DetokenizeRequest, document)
     model = models.find(body.model)
     token_ids = check_token_ids(model, body.tokens, param="tokens")
     decode = model.tokenizer.decode

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from starlette.requests import Request
 
-from fastchat.api.http_edge import parse_json_object, read_body
+from fastchat.api.http_edge import parse_off_the_loop, read_body
 from fastchat.errors import InvalidRequestError
 
 _BYTES_PER_TOKEN = 4
@@ -38,7 +38,7 @@ async def admit(request: Request, path: str, *, default_model: str | None = None
     be left out since one model is served) they are written anew with it.
     """
     body = await read_body(request)
-    document = parse_json_object(body)
+    document = await parse_off_the_loop(body)
     model = _named_model(document, request.path_params.get("model")) or default_model
     if model is None:
         raise InvalidRequestError("The request names no model; send `model`.", param="model", code="missing_model")

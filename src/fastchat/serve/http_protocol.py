@@ -130,6 +130,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._is_in_message and not self._is_in_head and self.cycle.response_complete:
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """No warning: a server may ignore an upgrade (RFC 9110 7.8), and uvicorn's advice here is for its developer."""
+
     def _check_host(self) -> None:
         """HTTP/1.1 has exactly one `Host`; a URL with a host of its own must be for that one: this is no proxy."""
         hosts = [value for name, value in self.headers if name == b"host"]

@@ -73,11 +73,13 @@ def run_server(
     *,
     tls: TlsFiles | None = None,
     on_stop: Callable[[], Awaitable[None]] | None = None,
+    has_websockets: bool = True,
 ) -> int:
     """Serve until a signal ends it; returns the exit code.
 
     `on_stop` is awaited when the first signal arrives, before connections are asked to close: there a process ends its
     endless streams and says goodbye. An error on purpose in the app's start-up is raised here.
+    Without `has_websockets` an upgrade to one is not made.
     """
     guarded = _StartUpGuard(AccessLog(app))
     config = uvicorn.Config(
@@ -85,7 +87,7 @@ def run_server(
         host=listeners.host,
         port=listeners.port,
         http=LimitedHttpProtocol,
-        ws="websockets-sansio",
+        ws="websockets-sansio" if has_websockets else "none",
         ws_max_size=MAX_WEBSOCKET_MESSAGE_BYTES,
         ws_per_message_deflate=False,
         lifespan="on",

@@ -136,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not config.api_keys and not is_loopback(arguments.host) and not has_keys(key_store_path):
         _warn_of_open_door(arguments.host)
     arena = ArenaConfig(environment.state_dir / ARENA_FILE, logs_text=arguments.arena_log_text)
-    return run_server(create_api_app(config, [mounted_arena(arena)]), listeners, tls=tls)
+    app = create_api_app(config, [mounted_arena(arena)])
+    return run_server(app, listeners, tls=tls, has_websockets=False)
 
 
 def _warn_of_open_door(host: str) -> None:
