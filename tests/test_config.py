@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from fastchat.config import (
     Environment,
+    config_file,
     dial_url,
     internal_url,
     is_loopback,
@@ -15,6 +17,7 @@ from fastchat.config import (
     parse_host,
     parse_port,
     parse_url,
+    reachable_url,
     read_environment,
 )
 from fastchat.errors import ConfigError
@@ -115,3 +118,33 @@ def test_tls_needs_both_files(tmp_path):
         read_environment({"SSL_KEYFILE": str(keyfile), "SSL_CERTFILE": str(tmp_path / "no")}).tls_files()
     files = read_environment({"SSL_KEYFILE": str(keyfile), "SSL_CERTFILE": str(keyfile)}).tls_files()
     assert files.keyfile == keyfile
+
+
+def test_listener_on_all_addresses_is_reached_by_the_one_towards_the_peer():
+    """Its own loopback for a peer that is here; the host as given where one was given."""
+    assert reachable_url("0.0.0.0", 1, peer_url="http://localhost:2") == "http://127.0.0.1:1"
+    assert reachable_url("0.0.0.0", 1) == "http://127.0.0.1:1"
+    assert reachable_url("10.0.0.5", 1, peer_url="http://10.0.0.9:2") == "http://10.0.0.5:1"
+    assert reachable_url("10.0.0.5", 1, tls=True) == "https://10.0.0.5:1"
+    assert reachable_url("0.0.0.0", 1, peer_url="http://no-such-host.invalid:2") == "http://127.0.0.1:1"
+    own = own_address()
+    if own is not None:
+        assert reachable_url("0.0.0.0", 1, peer_url=f"http://{own}:2") == f"http://{own}:1"
+
+
+def own_address() -> str | None:
+    """An address of this machine that is not loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
+
+
+def test_configuration_lies_below_the_specification_s_folder(monkeypatch):
+    """A relative one is ignored."""
+    assert config_file({"XDG_CONFIG_HOME": "/c"}) == Path("/c/fastchat/config.toml")
+    monkeypatch.setenv("HOME", "/home/user")
+    for variables in ({}, {"XDG_CONFIG_HOME": "relative"}):
+        assert config_file(variables) == Path("/home/user/.config/fastchat/config.toml")

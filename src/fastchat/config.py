@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 from fastchat.errors import ConfigError
 
 STATE_DIR_VARIABLE = "FASTCHAT_STATE_DIR"
+CONFIG_VARIABLE = "FASTCHAT_CONFIG"
 CLUSTER_TOKEN_VARIABLE = "FASTCHAT_CLUSTER_TOKEN"  # noqa: S105 - the name of a variable, not a secret
 
 _BYTES = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?i?b?)", re.IGNORECASE)
@@ -62,6 +64,12 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         ssl_keyfile=Path(keyfile) if keyfile else None,
         ssl_certfile=Path(certfile) if certfile else None,
     )
+
+
+def config_file(variables: Mapping[str, str] | None = None) -> Path:
+    """Where the configuration of `fastchat serve` lies unless it is told otherwise: below XDG_CONFIG_HOME."""
+    variables = os.environ if variables is None else variables
+    return _xdg_folder(variables, "XDG_CONFIG_HOME", "~/.config") / "config.toml"
 
 
 def parse_bytes(text: str) -> int:
@@ -123,6 +131,18 @@ def internal_url(host: str, port: int, *, tls: bool = False) -> str:
     return f"http://{_bracketed(host)}:{port}"
 
 
+def reachable_url(host: str, port: int, *, tls: bool = False, peer_url: str | None = None) -> str:
+    """The URL by which the process behind `peer_url` reaches a listener on `host`.
+
+    For a listener on all addresses it is the one that this machine uses towards that process; its own loopback where
+    that process is here, or where nothing is known.
+    """
+    peer = (urlsplit(peer_url).hostname if peer_url else None) or ""
+    if host in ("", "0.0.0.0", "::") and peer and not is_loopback(peer):  # noqa: S104 - compared with, not bound
+        host = _own_address_towards(peer) or host
+    return internal_url(host, port, tls=tls)
+
+
 def dial_url(url: str) -> str:
     """The URL to connect to for one that a person wrote: plain `http://localhost` becomes `http://127.0.0.1`."""
     parts = urlsplit(url)
@@ -142,9 +162,24 @@ def _state_dir(variables: Mapping[str, str]) -> Path:
     own = variables.get(STATE_DIR_VARIABLE)
     if own:
         return Path(own).expanduser().absolute()
-    base = variables.get("XDG_STATE_HOME", "")
-    # The specification (freedesktop.org basedir-spec) tells to ignore a relative path.
-    return (Path(base) if base.startswith("/") else Path("~/.local/state").expanduser()) / "fastchat"
+    return _xdg_folder(variables, "XDG_STATE_HOME", "~/.local/state")
+
+
+def _xdg_folder(variables: Mapping[str, str], name: str, default: str) -> Path:
+    """Our folder below one of the specification's (freedesktop.org basedir-spec), which ignores a relative path."""
+    base = variables.get(name, "")
+    return (Path(base) if base.startswith("/") else Path(default).expanduser()) / "fastchat"
+
+
+def _own_address_towards(host: str) -> str | None:
+    """The address of this machine that packets to `host` carry; nothing is sent to find out."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:  # no such name, no route: the controller's answer to the registration will tell
+        return None
 
 
 def _bracketed(host: str) -> str:

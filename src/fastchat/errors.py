@@ -2,6 +2,7 @@
 
 FastChatError
 ├── ConfigError                 a flag, environment variable or file that cannot be obeyed
+│   └── ConfigFileError         what the configuration file or a FASTCHAT_* variable says, not the command line
 ├── CheckpointError             a folder that cannot be loaded as a model
 │   └── UnsupportedModelError   a model whose architecture or option we do not run
 ├── RequestError                the client's fault; `param` and `code` go out in the body
@@ -33,6 +34,10 @@ class FastChatError(Exception):
 
 class ConfigError(FastChatError):
     """A flag, environment variable or configuration file that cannot be obeyed."""
+
+
+class ConfigFileError(ConfigError):
+    """A configuration file, or a variable that stands for a flag, that cannot be obeyed; the message names it."""
 
 
 class CheckpointError(FastChatError):

@@ -38,7 +38,8 @@ def test_worker_counts_requests_and_tokens():
     for line in (
         'fastchat_prompt_tokens_total{model_name="m"} 20.0',
         'fastchat_generation_tokens_total{model_name="m"} 6.0',
-        'fastchat_prefix_cache_hit_tokens_total{model_name="m"} 8.0',
+        'fastchat_prefix_cache_queries_total{model_name="m"} 20.0',
+        'fastchat_prefix_cache_hits_total{model_name="m"} 8.0',
         'fastchat_request_success_total{finished_reason="stop",model_name="m"} 1.0',
         'fastchat_request_success_total{finished_reason="abort",model_name="m"} 1.0',
         'fastchat_time_to_first_token_seconds_count{model_name="m"} 2.0',

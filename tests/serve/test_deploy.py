@@ -11,12 +11,14 @@ import subprocess
 import pytest
 import yaml
 
+from fastchat.serve.arguments import DEFAULT_DRAIN_S
 from fastchat.serve.launch import create_serve_parser
-from fastchat.supervisor.supervisor import STOP_LIMIT_S
+from fastchat.supervisor.supervisor import STOP_MARGIN_S
 from tests.processes import ROOT
 
 DEPLOY = ROOT / "deploy"
 NUM_RANKS = 3
+STOP_LIMIT_S = DEFAULT_DRAIN_S + STOP_MARGIN_S
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_unit_starts_our_command_and_outwaits_an_orderly_stop(unit):
     """systemd must not lose patience before the supervisor has asked every process in turn."""
     program, command, flags = shlex.split(unit["ExecStart"])
     assert (program.rpartition("/")[2], command, flags) == ("fastchat", "serve", "$FASTCHAT_FLAGS")
-    assert (unit["Type"], unit["KillMode"], unit["RestartPreventExitStatus"]) == ("notify", "mixed", "2")
+    assert (unit["Type"], unit["KillMode"], unit["RestartPreventExitStatus"]) == ("notify", "mixed", "2 78")
     assert int(unit["TimeoutStopSec"]) > NUM_RANKS * STOP_LIMIT_S
 
 

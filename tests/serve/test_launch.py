@@ -308,6 +308,11 @@ def command_of(name, arguments, later=()):
     return spec.command(later)[3:]
 
 
+def environment_of(name, arguments):
+    specs = process_specs(arguments, (FOLDER, FOLDER), Ports(api=1, controller=2, workers=(3, 4)))
+    return next(dict(spec.environment) for spec in specs if spec.name.startswith(name))
+
+
 def test_worker_s_flags_are_handed_on():
     """Whatever is said to `fastchat serve` reaches the worker as if it had been said to it."""
     arguments = create_serve_parser().parse_args(["--model-path", "x", *FLAGS])
@@ -331,7 +336,8 @@ def test_api_server_s_flags_are_handed_on():
     arguments = create_serve_parser().parse_args(["--model-path", "x", *FLAGS])
     there = create_api_server_parser().parse_args(command_of("API server", arguments))
     assert (there.host, there.port, there.ssl) == ("0.0.0.0", 1, True)
-    assert there.api_keys == ["k1", "k2"]
+    assert there.api_keys is None
+    assert environment_of("API server", arguments) == {"FASTCHAT_API_KEYS": "k1,k2"}, "never on a command line"
     assert (there.allowed_origins, there.allowed_methods, there.allow_credentials) == (
         ["https://example.org"],
         ["*"],

@@ -6,6 +6,7 @@ bodies (`json_body`), streams (`event_stream`), clients that leave (`disconnect`
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 
 import structlog
@@ -34,7 +35,7 @@ from fastchat.api.json_body import (
     read_json_object,
 )
 from fastchat.api.request_ids import request_id_of
-from fastchat.errors import FastChatError, InvalidRequestError
+from fastchat.errors import FastChatError, InvalidRequestError, UnavailableError
 
 __all__ = [
     "MAX_BODY_BYTES",
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 _log = structlog.get_logger(__name__)
+_STOPPING = UnavailableError("The server is shutting down and ended this request early.", code="shutting_down")
 
 
 def install_error_handlers(app: Starlette, *, request_id_header: str | None = None) -> None:
@@ -102,6 +104,12 @@ class _Edge:
             await self._app(scope, receive, send_with_id)
         except (ClientLeftError, ClientDisconnect):
             _log.debug("client left", request_id=request_id)
+        except asyncio.CancelledError:
+            # The server stops and lets nobody go on: the one who cancels is not waiting for us. A stream has said so.
+            _log.warning("request ended early, the server stops", request_id=request_id, path=scope["path"])
+            if not has_started:
+                status, body, headers = error_body(_STOPPING, request_id)
+                await Response(body, status, headers, media_type="application/json")(scope, receive, send_with_id)
         except Exception:  # noqa: BLE001 - the top of a request: whatever it is, the client is told
             _log.exception("request failed unexpectedly", request_id=request_id, path=scope["path"])
             if not has_started:  # else the server sees an unfinished answer and closes the connection

@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response, WebSocket
 
 from fastchat.api.http_edge import BearerGuard, EventStreamResponse, install_error_handlers
 from fastchat.cluster.contract import CONNECT_PATH, WATCH_PATH
+from fastchat.cluster.dial_rules import DialRules, GuardedResolver
 from fastchat.cluster.feed import TableFeed
 from fastchat.cluster.table import WorkerTable
 from fastchat.cluster.token import TOKEN_HINT, is_cluster_token
@@ -31,10 +32,15 @@ SWEEP_INTERVAL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ControllerConfig:
-    """What a controller is made of. `usage_path` None keeps usage in memory; the rest is in seconds."""
+    """What a controller is made of.
+
+    `usage_path` None keeps usage in memory; `allowed_workers` are networks and names beside the usual ones, see
+    `DialRules`; the rest is in seconds.
+    """
 
     cluster_token: str = field(repr=False)
     usage_path: Path | None = None
+    allowed_workers: tuple[str, ...] = ()
     hang_after_s: float = 30.0
     silent_after_s: float = 5.0
 
@@ -52,6 +58,7 @@ class Controller:
         self.config = config
         self.table = WorkerTable(time.monotonic, hang_after_s=config.hang_after_s, silent_after_s=config.silent_after_s)
         self.ledger = UsageLedger(config.usage_path)
+        self.rules = DialRules(config.allowed_workers)
         self.metrics = ControllerMetrics()
         self._feeds: set[TableFeed] = set()
         self._session: aiohttp.ClientSession | None = None
@@ -65,7 +72,9 @@ class Controller:
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
         """While the block runs, the controller lives."""
-        async with aiohttp.ClientSession(trust_env=False) as self._session:
+        async with aiohttp.ClientSession(
+            trust_env=False, connector=aiohttp.TCPConnector(resolver=GuardedResolver())
+        ) as self._session:
             sweeper = asyncio.get_running_loop().create_task(self._sweep_forever())
             try:
                 yield
@@ -126,7 +135,7 @@ def create_controller_app(config: ControllerConfig) -> FastAPI:
     app = FastAPI(title="FastChat controller", openapi_url=None, lifespan=lifespan)
     app.state.controller = controller
     _add_routes(app, controller)
-    app.include_router(legacy_router(LegacyEndpoints(controller.table, lambda: controller.session)))
+    app.include_router(legacy_router(LegacyEndpoints(controller.table, controller.rules, lambda: controller.session)))
     app.add_middleware(
         BearerGuard,
         is_allowed=lambda bearer: is_cluster_token(config.cluster_token, bearer),
@@ -140,7 +149,7 @@ def create_controller_app(config: ControllerConfig) -> FastAPI:
 def _add_routes(app: FastAPI, controller: Controller) -> None:
     @app.websocket(CONNECT_PATH)
     async def connect(socket: WebSocket) -> None:
-        reception = Reception(controller.table, controller.ledger, controller.session, controller.config.cluster_token)
+        reception = Reception(controller.table, controller.ledger, controller.session, controller.rules)
         await reception.serve(socket)
 
     @app.get(WATCH_PATH)

@@ -24,6 +24,7 @@ from fastchat.cluster.contract import (
     Welcome,
     WorkerMessage,
 )
+from fastchat.cluster.dial_rules import DialRules
 from fastchat.cluster.table import Registration, WorkerTable
 from fastchat.cluster.usage import UsageLedger
 from fastchat.errors import InvalidRequestError, RequestError, UnavailableError
@@ -46,12 +47,12 @@ class _Inbox:
 
 @dataclass(frozen=True, slots=True)
 class Reception:
-    """What a control connection needs of the controller. `token` is sent to a worker's /livez."""
+    """What a control connection needs of the controller."""
 
     table: WorkerTable
     ledger: UsageLedger
     session: aiohttp.ClientSession
-    token: str
+    rules: DialRules
 
     async def serve(self, socket: WebSocket) -> None:
         """One worker's connection from its first message to its end. The guard has checked the token."""
@@ -69,7 +70,7 @@ class Reception:
         try:
             async with asyncio.timeout(HELLO_LIMIT_S):
                 hello = _parse(await socket.receive_text())
-            registration = await self._register(hello)
+            registration = await self._register(hello, socket.client.host if socket.client else "")
         except TimeoutError:
             await _refuse(socket, f"no hello within {HELLO_LIMIT_S:.0f} s")
             return None
@@ -78,7 +79,7 @@ class Reception:
             return None
         return registration
 
-    async def _register(self, hello: Message) -> Registration:
+    async def _register(self, hello: Message, peer: str) -> Registration:
         if not isinstance(hello, Hello):
             raise InvalidRequestError("the first message must be a hello")
         if hello.protocol != PROTOCOL_VERSION:
@@ -87,7 +88,7 @@ class Reception:
                 "run the same version of fastchat everywhere"
             )
         self.table.check_free(hello.worker_id)
-        await check_worker(self.session, hello.address, worker_id=hello.worker_id, token=self.token)
+        await check_worker(self.session, self.rules, hello.address, worker_id=hello.worker_id, peer=peer)
         return self.table.register(hello)
 
     async def _listen(self, socket: WebSocket, registration: Registration) -> None:

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request
 
 from fastchat.api.http_edge import read_json_object
 from fastchat.cluster.address_check import is_listening
+from fastchat.cluster.dial_rules import DialRules
 from fastchat.cluster.dispatch import Dispatcher, served_models
 from fastchat.cluster.table import WorkerTable
 from fastchat.config import parse_url
@@ -34,8 +35,9 @@ _TYPE_NAMES: dict[type, str] = {str: "string", int: "integer", bool: "boolean"}
 class LegacyEndpoints:
     """The handlers, bound to one table. `get_session` gives the controller's HTTP client, which opens later."""
 
-    def __init__(self, table: WorkerTable, get_session: Callable[[], aiohttp.ClientSession]) -> None:
+    def __init__(self, table: WorkerTable, rules: DialRules, get_session: Callable[[], aiohttp.ClientSession]) -> None:
         self._table = table
+        self._rules = rules
         self._get_session = get_session
         self._dispatcher = Dispatcher()
 
@@ -47,6 +49,7 @@ class LegacyEndpoints:
         if body.get("multimodal", False) is not False:
             raise InvalidRequestError("multimodal must be false: images are not relayed here.", param="multimodal")
         names, queue_length = _worker_status(body)
+        await self._rules.check(address)
         self._table.register_external(
             address,
             names,

@@ -23,6 +23,7 @@ from fastchat.cluster.contract import (
     TENANT_HEADER,
     WorkerEntry,
 )
+from fastchat.cluster.dial_rules import GuardedResolver
 from fastchat.cluster.dispatch import Capability, Dispatcher
 from fastchat.errors import FastChatError, UnavailableError
 from fastchat.gateway.admission import AdmittedRequest
@@ -47,7 +48,7 @@ class Sender:
 def create_session() -> aiohttp.ClientSession:
     """The one HTTP client of the process. No proxy variables, no cookies, as many connections as requests."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, resolver=GuardedResolver()),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,

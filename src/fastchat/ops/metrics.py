@@ -108,7 +108,8 @@ class WorkerMetrics(_ProcessMetrics):
         self._steps = self._counter("fastchat_num_engine_steps_total", "Forward passes", _MODEL)
         self._counted: dict[str, EngineCondition] = {}
         self._prompt = self._counter("fastchat_prompt_tokens_total", "Prompt tokens of ended requests", _MODEL)
-        self._cached = self._counter("fastchat_prefix_cache_hit_tokens_total", "Prompt tokens found in cache", _MODEL)
+        self._queried = self._counter("fastchat_prefix_cache_queries_total", "Prompt tokens looked up", _MODEL)
+        self._cached = self._counter("fastchat_prefix_cache_hits_total", "Prompt tokens found in the cache", _MODEL)
         self._generated = self._counter("fastchat_generation_tokens_total", "Generated tokens", _MODEL)
         self._finished = self._counter(
             "fastchat_request_success_total", "Ended requests by reason", (*_MODEL, "finished_reason")
@@ -127,6 +128,7 @@ class WorkerMetrics(_ProcessMetrics):
         """Count one ended request."""
         model = _closed(fact.model, self._models)
         self._prompt.labels(model).inc(fact.num_prompt_tokens)
+        self._queried.labels(model).inc(fact.num_prompt_tokens)
         self._cached.labels(model).inc(fact.num_cached_tokens)
         self._generated.labels(model).inc(fact.num_generated_tokens)
         self._finished.labels(model, fact.reason).inc()

@@ -1,8 +1,8 @@
 """What the commands share: parsers whose flags may be shortened to a unique prefix, and how a command ends.
 
 Exit codes: 0 ended as asked (also by the first Ctrl-C or SIGTERM), 1 failure, 2 a flag or setting that cannot be
-obeyed or a checkpoint that cannot be loaded, 69 unavailable (the port is in use), 130 ended by force with a second
-Ctrl-C.
+obeyed or a checkpoint that cannot be loaded, 69 unavailable (the port is in use), 78 a configuration file or FASTCHAT_*
+variable that cannot be obeyed, 130 ended by force with a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from fastchat.cluster.token import load_cluster_token, read_token_file
 from fastchat.config import Environment, TlsFiles, parse_host, parse_port, parse_url
 from fastchat.engine.client import ENGINE_THREAD_NAME
-from fastchat.errors import CheckpointError, ConfigError, FastChatError, UnavailableError
+from fastchat.errors import CheckpointError, ConfigError, ConfigFileError, FastChatError, UnavailableError
 from fastchat.supervisor.parent_link import tell_error, watch_parent
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h
+EXIT_CONFIG = 78  # EX_CONFIG
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+
+DEFAULT_DRAIN_S = 10
 
 _Value = TypeVar("_Value")
 
@@ -76,11 +80,23 @@ def add_security_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_drain_flag(parser: argparse.ArgumentParser) -> None:
+    """`--drain-timeout`, for the processes that answer requests."""
+    parser.add_argument(
+        "--drain-timeout",
+        type=flag_type(_seconds),
+        default=DEFAULT_DRAIN_S,
+        metavar="SECONDS",
+        help="how long requests in flight may go on after the first SIGTERM or Ctrl-C; what then still runs is told "
+        f"and ended (default: {DEFAULT_DRAIN_S})",
+    )
+
+
 def add_refused_flag(parser: argparse.ArgumentParser, flag: str, *, reason: str, takes_value: bool = True) -> None:
     """A flag of FastChat that is known and not obeyed: giving it ends the command with `reason`, in one line."""
     parser.add_argument(
         flag,
-        action=_Refused,
+        action=RefusedFlag,
         nargs=None if takes_value else 0,
         const=reason,
         default=argparse.SUPPRESS,
@@ -99,16 +115,25 @@ def cluster_token(arguments: argparse.Namespace, environment: Environment) -> st
     return load_cluster_token(None if path is None else read_token_file(path), environment=environment)
 
 
-def flag_type(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
-    """`parse` as an argparse type: its `ConfigError` becomes the parser's one-line message."""
+@dataclass(frozen=True, slots=True)
+class FlagType(Generic[_Value]):
+    """An argparse type; `join` writes a list, as a configuration file has it, the way the flag has it."""
 
-    def convert(text: str) -> _Value:
+    parse: Callable[[str], _Value]
+    join: Callable[[Iterable[str]], str] | None = None
+
+    def __call__(self, text: str) -> _Value:
         try:
-            return parse(text)
+            return self.parse(text)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(error.message) from error
 
-    return convert
+
+def flag_type(
+    parse: Callable[[str], _Value], *, join: Callable[[Iterable[str]], str] | None = None
+) -> FlagType[_Value]:
+    """`parse` as an argparse type: its `ConfigError` becomes the parser's one-line message."""
+    return FlagType(parse, join)
 
 
 def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
@@ -128,8 +153,16 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     _leave(exit_code)
 
 
+def _seconds(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 86400):
+        raise ConfigError(f"{text!r} is not a whole number of seconds from 1 to 86400.")
+    return int(text)
+
+
 def exit_code_of(error: FastChatError) -> int:
     """The exit code that tells a program why the command failed."""
+    if isinstance(error, ConfigFileError):
+        return EXIT_CONFIG
     if isinstance(error, ConfigError | CheckpointError):
         return EXIT_USAGE
     return EXIT_UNAVAILABLE if isinstance(error, UnavailableError) else EXIT_FAILURE
@@ -155,7 +188,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=32, width=140)
 
 
-class _Refused(argparse.Action):
+class RefusedFlag(argparse.Action):
     """Ends the command with the reason in `const`."""
 
     def __call__(

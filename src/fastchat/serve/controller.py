@@ -8,19 +8,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from fastchat.cluster.dial_rules import parse_allowed_workers
 from fastchat.config import read_environment
 from fastchat.errors import ConfigError
 from fastchat.gateway.controller_app import Controller, ControllerConfig, create_controller_app
 from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import (
     add_address_flags,
+    add_drain_flag,
     add_security_flags,
     cluster_token,
     create_parser,
+    flag_type,
     run_command,
     tls_files,
 )
 from fastchat.serve.http_server import bind_listeners, run_server
+from fastchat.serve.settings import add_config_flag, parse_settings
 
 DEFAULT_PORT = 21001
 USAGE_FILE_NAME = "usage.sqlite3"
@@ -41,13 +45,28 @@ def create_controller_parser() -> argparse.ArgumentParser:
         default="shortest_queue",
         help="how a worker is chosen: shortest_queue, by outstanding tokens (default); lottery is refused",
     )
+    add_allowed_workers_flag(parser)
+    add_drain_flag(parser)
     add_security_flags(parser)
+    add_config_flag(parser)
     return parser
+
+
+def add_allowed_workers_flag(parser: argparse.ArgumentParser) -> None:
+    """`--allowed-workers`: the controller's flag that `fastchat serve` has too."""
+    parser.add_argument(
+        "--allowed-workers",
+        type=flag_type(parse_allowed_workers, join=",".join),
+        default=[],
+        metavar="LIST",
+        help="networks, addresses and host names where workers and servers registered by URL may be, comma separated, "
+        "beside this machine and private networks (default: none)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the controller until a signal ends it; returns the exit code."""
-    arguments = create_controller_parser().parse_args(argv)
+    arguments = parse_settings(create_controller_parser(), argv)
     if arguments.dispatch_method == "lottery":
         raise ConfigError(
             "--dispatch-method lottery is not offered: the API server sends each request to the worker with the "
@@ -61,10 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = ControllerConfig(
         cluster_token=cluster_token(arguments, environment),
         usage_path=environment.state_dir / USAGE_FILE_NAME,
+        allowed_workers=tuple(arguments.allowed_workers),
     )
     app = create_controller_app(config)
     controller: Controller = app.state.controller
-    return run_server(app, listeners, tls=tls, on_stop=controller.stop)
+    return run_server(app, listeners, tls=tls, on_stop=controller.stop, drain_s=arguments.drain_timeout)
 
 
 if __name__ == "__main__":

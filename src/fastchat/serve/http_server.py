@@ -19,12 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastchat.config import TlsFiles, internal_url
 from fastchat.errors import ConfigError, FastChatError, UnavailableError
 from fastchat.ops.access_log import AccessLog
-from fastchat.serve.arguments import EXIT_FAILURE, EXIT_INTERRUPTED
+from fastchat.serve.arguments import DEFAULT_DRAIN_S, EXIT_FAILURE, EXIT_INTERRUPTED
 from fastchat.serve.http_protocol import LimitedHttpProtocol
 from fastchat.supervisor.parent_link import tell_ready
 
-GRACE_S = 10
-"""How long requests in flight may go on after the first signal."""
 KEEP_ALIVE_S = 75
 """Longer than the 15 s that aiohttp keeps an idle connection, so that a reused one is never just being closed."""
 MAX_WEBSOCKET_MESSAGE_BYTES = 4 * 2**20
@@ -74,12 +72,13 @@ def run_server(
     tls: TlsFiles | None = None,
     on_stop: Callable[[], Awaitable[None]] | None = None,
     has_websockets: bool = True,
+    drain_s: int = DEFAULT_DRAIN_S,
 ) -> int:
     """Serve until a signal ends it; returns the exit code.
 
     `on_stop` is awaited when the first signal arrives, before connections are asked to close: there a process ends its
-    endless streams and says goodbye. An error on purpose in the app's start-up is raised here.
-    Without `has_websockets` an upgrade to one is not made.
+    endless streams and says goodbye. What is in flight may then go on for `drain_s` seconds. An error on purpose in
+    the app's start-up is raised here. Without `has_websockets` an upgrade to one is not made.
     """
     guarded = _StartUpGuard(AccessLog(app))
     config = uvicorn.Config(
@@ -96,7 +95,7 @@ def run_server(
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=drain_s,
         ssl_keyfile=tls.keyfile if tls else None,
         ssl_certfile=tls.certfile if tls else None,
     )

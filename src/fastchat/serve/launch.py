@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import structlog
 
 import fastchat
 from fastchat.cluster.watcher import TableWatcher
-from fastchat.config import internal_url, parse_port, read_environment
+from fastchat.config import config_file, internal_url, parse_port, read_environment
 from fastchat.errors import ConfigError, UnavailableError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.weight_files import find_weight_files
@@ -39,7 +40,8 @@ from fastchat.serve.arguments import (
     tls_files,
 )
 from fastchat.serve.http_server import bind_listeners
-from fastchat.serve.multi_model_worker import model_specs
+from fastchat.serve.multi_model_worker import create_multi_model_worker_parser, model_specs
+from fastchat.serve.settings import add_config_flag, parse_settings, without_options
 from fastchat.supervisor.front_door import wait_until_ready
 from fastchat.supervisor.service_manager import READY, STOPPING, tell_service_manager
 from fastchat.supervisor.supervisor import Outcome, ProcessSpec, Supervisor
@@ -95,14 +97,16 @@ def create_serve_parser() -> argparse.ArgumentParser:
         )
     openai_api_server.add_access_flags(parser)
     openai_api_server.add_arena_flags(parser)
+    controller.add_allowed_workers_flag(parser)
     worker_arguments.add_serving_flags(parser)
     add_security_flags(parser)
+    add_config_flag(parser, default="~/.config/fastchat/config.toml, if there")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it; returns the exit code."""
-    arguments = create_serve_parser().parse_args(argv)
+    arguments = parse_settings(create_serve_parser(), argv, default_file=config_file())
     configure_logging("serve", level=worker_arguments.log_level(arguments))
     worker_arguments.obey_early_flags(arguments)
     environment = read_environment()
@@ -134,12 +138,25 @@ async def _supervise(
         async with watcher.keep_open():
             await WorkerWatch(names_by_address, supervisor.replace).follow(watcher)
 
-    supervisor = Supervisor(specs, on_ready=announce_and_watch)
+    supervisor = Supervisor(
+        specs, on_ready=announce_and_watch, environment=_child_environment(), drain_s=arguments.drain_timeout
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored by `nohup`: then it stays ignored
             loop.add_signal_handler(number, partial(_stop, supervisor))
     return await supervisor.run()
+
+
+def _child_environment() -> dict[str, str]:
+    """Ours without the variables that stand for flags: what they say has been heard here and is handed on."""
+    parsers = (
+        create_serve_parser(),
+        controller.create_controller_parser(),
+        openai_api_server.create_api_server_parser(),
+        create_multi_model_worker_parser(),
+    )
+    return without_options(os.environ, *parsers)
 
 
 def _stop(supervisor: Supervisor) -> None:
@@ -153,6 +170,8 @@ def process_specs(
     """What runs. Stopped in this order: the API server finishes what it relays, then workers, then who knows them."""
     security = ["--cluster-token-file", str(arguments.cluster_token_file)] if arguments.cluster_token_file else []
     controller_flags = ["--host", INTERNAL_HOST, "--port", str(ports.controller), *security]
+    if arguments.allowed_workers:
+        controller_flags.append(f"--allowed-workers={','.join(arguments.allowed_workers)}")
     to_controller = ["--controller-address", _internal(ports.controller), *security]
     api_flags = ["--host", arguments.host, "--port", str(ports.api), *to_controller, *_access_flags(arguments)]
     worker_flags = [*to_controller, *serving_flags(arguments)]
@@ -177,7 +196,12 @@ def process_specs(
     )
     return (
         ProcessSpec("controller", lambda _: _command("controller", controller_flags), stop_rank=2),
-        ProcessSpec("API server", lambda _: _command("openai_api_server", api_flags), stop_rank=0),
+        ProcessSpec(
+            "API server",
+            lambda _: _command("openai_api_server", api_flags),
+            stop_rank=0,
+            environment={"FASTCHAT_API_KEYS": ",".join(arguments.api_keys)} if arguments.api_keys else {},
+        ),
         *workers,
     )
 
@@ -277,9 +301,9 @@ def _model_flags(folder: ServedFolder) -> list[str]:
 def _access_flags(arguments: argparse.Namespace) -> list[str]:
     flags = [f"--allowed-{what}={json.dumps(getattr(arguments, f'allowed_{what}'))}" for what in _CORS_LISTS]
     flags += ["--allow-credentials"] if arguments.allow_credentials else []
-    flags += ["--ssl"] if arguments.ssl else []
+    flags += [f"--drain-timeout={arguments.drain_timeout}"]
     flags += ["--arena-log-text"] if arguments.arena_log_text else []
-    return [*flags, *([f"--api-keys={','.join(arguments.api_keys)}"] if arguments.api_keys else [])]
+    return [*flags, *(["--ssl"] if arguments.ssl else [])]
 
 
 _CORS_LISTS = ("origins", "methods", "headers")

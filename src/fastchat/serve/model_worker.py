@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastchat.serve.arguments import create_parser, run_command
+from fastchat.serve.settings import parse_settings
 from fastchat.serve.worker_arguments import add_model_flags, add_worker_flags
 from fastchat.serve.worker_command import run_worker
 from fastchat.worker.config import ModelSpec
@@ -28,7 +29,7 @@ def create_model_worker_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the worker until a signal ends it; returns the exit code."""
-    arguments = create_model_worker_parser().parse_args(argv)
+    arguments = parse_settings(create_model_worker_parser(), argv)
     spec = ModelSpec(Path(arguments.model_path), arguments.model_names or (), arguments.conv_template)
     return run_worker("model_worker", arguments, (spec,))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastchat.errors import ConfigError
 from fastchat.serve.arguments import create_parser, run_command
+from fastchat.serve.settings import parse_settings
 from fastchat.serve.worker_arguments import add_model_flags, add_worker_flags
 from fastchat.serve.worker_command import run_worker
 from fastchat.worker.config import ModelSpec
@@ -50,7 +51,7 @@ def model_specs(arguments: argparse.Namespace) -> tuple[ModelSpec, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the worker until a signal ends it; returns the exit code."""
-    arguments = create_multi_model_worker_parser().parse_args(argv)
+    arguments = parse_settings(create_multi_model_worker_parser(), argv)
     return run_worker("multi_model_worker", arguments, model_specs(arguments))
 
 

@@ -24,6 +24,7 @@ from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import (
     add_address_flags,
     add_controller_address_flag,
+    add_drain_flag,
     add_security_flags,
     cluster_token,
     create_parser,
@@ -32,6 +33,7 @@ from fastchat.serve.arguments import (
     tls_files,
 )
 from fastchat.serve.http_server import bind_listeners, run_server
+from fastchat.serve.settings import add_config_flag, parse_settings
 
 DEFAULT_PORT = 8000
 ARENA_FILE = "arena.sqlite"
@@ -51,7 +53,9 @@ def create_api_server_parser() -> argparse.ArgumentParser:
     add_controller_address_flag(parser)
     add_access_flags(parser)
     add_arena_flags(parser)
+    add_drain_flag(parser)
     add_security_flags(parser)
+    add_config_flag(parser)
     return parser
 
 
@@ -59,7 +63,7 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
     """Who may call: the API server's flags that `fastchat serve` has too."""
     parser.add_argument(
         "--api-keys",
-        type=flag_type(_parse_keys),
+        type=flag_type(_parse_keys, join=",".join),
         metavar="KEY[,KEY...]",
         help="keys that clients must send, comma separated, beside those of `fastchat keys` (default: none)",
     )
@@ -73,7 +77,7 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(
             f"--allowed-{what}",
-            type=flag_type(_parse_json_list),
+            type=flag_type(_parse_json_list, join=json.dumps),
             default=default,
             metavar="JSON",
             help=f"CORS: JSON list of {meaning}, such as '[\"*\"]' (default: {'none' if not default else 'all'})",
@@ -114,7 +118,7 @@ def mounted_arena(config: ArenaConfig) -> MountedRoutes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the API server until a signal ends it; returns the exit code."""
-    arguments = create_api_server_parser().parse_args(argv)
+    arguments = parse_settings(create_api_server_parser(), argv)
     configure_logging("openai_api_server")
     log_arguments(arguments)
     environment = read_environment()
@@ -137,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _warn_of_open_door(arguments.host)
     arena = ArenaConfig(environment.state_dir / ARENA_FILE, logs_text=arguments.arena_log_text)
     app = create_api_app(config, [mounted_arena(arena)])
-    return run_server(app, listeners, tls=tls, has_websockets=False)
+    return run_server(app, listeners, tls=tls, drain_s=arguments.drain_timeout, has_websockets=False)
 
 
 def _warn_of_open_door(host: str) -> None:

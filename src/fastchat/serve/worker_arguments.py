@@ -11,18 +11,20 @@ import argparse
 import os
 from typing import Any
 
-from fastchat.config import Environment, parse_bytes, parse_url
+from fastchat.config import Environment, parse_bytes, parse_url, reachable_url
 from fastchat.errors import ConfigError
 from fastchat.models.stored_form import DEFAULT_GROUP_SIZE, GROUP_SIZES, Quantization
 from fastchat.serve.arguments import (
     add_address_flags,
     add_controller_address_flag,
+    add_drain_flag,
     add_refused_flag,
     add_security_flags,
     cluster_token,
     flag_type,
 )
 from fastchat.serve.http_server import Listeners
+from fastchat.serve.settings import add_config_flag
 from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
 
 DEFAULT_PORT = 21002
@@ -58,7 +60,8 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worker-address",
         type=flag_type(parse_url),
-        help="URL by which the API server reaches this worker (default: made of --host and --port)",
+        help="URL by which the API server reaches this worker (default: made of --host and --port; with --host 0.0.0.0 "
+        "it names this machine's address towards the controller)",
     )
     add_controller_address_flag(parser)
     parser.add_argument(
@@ -80,11 +83,13 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_serving_flags(parser)
     add_security_flags(parser)
+    add_config_flag(parser)
 
 
 def add_serving_flags(parser: argparse.ArgumentParser) -> None:
     """How models are run and served: a worker's flags that `fastchat serve` has too and hands on."""
     add_engine_flags(parser)
+    add_drain_flag(parser)
     parser.add_argument(
         "--limit-worker-concurrency",
         type=flag_type(positive),
@@ -204,11 +209,13 @@ def worker_config(
     arguments: argparse.Namespace, environment: Environment, listeners: Listeners, models: tuple[ModelSpec, ...]
 ) -> WorkerConfig:
     """The worker that the flags ask for."""
+    controller_address = None if arguments.no_register else arguments.controller_address
     return WorkerConfig(
         models=models,
-        address=arguments.worker_address or listeners.url(tls=arguments.ssl),
+        address=arguments.worker_address
+        or reachable_url(listeners.host, listeners.port, tls=arguments.ssl, peer_url=controller_address),
         cluster_token=cluster_token(arguments, environment),
-        controller_address=None if arguments.no_register else arguments.controller_address,
+        controller_address=controller_address,
         engine=EngineSpec(
             device=arguments.device,
             dtype=arguments.dtype,
@@ -296,7 +303,7 @@ def add_model_flags(parser: argparse.ArgumentParser, *, is_repeatable: bool, def
     )
     parser.add_argument(
         "--model-names",
-        type=flag_type(model_names),
+        type=flag_type(model_names, join=",".join),
         metavar="A,B",
         help=f"names to serve it as{again} (default: the folder's name)",
         **each,

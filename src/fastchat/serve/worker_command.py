@@ -32,7 +32,9 @@ def run_worker(process_name: str, arguments: argparse.Namespace, models: tuple[M
 
     app = create_worker_app(config, end_process=lambda: signal.raise_signal(signal.SIGTERM))
     runtime: WorkerRuntime = app.state.runtime
-    exit_code = run_server(app, listeners, tls=tls, on_stop=runtime.drain, has_websockets=False)
+    exit_code = run_server(
+        app, listeners, tls=tls, on_stop=runtime.drain, drain_s=arguments.drain_timeout, has_websockets=False
+    )
     if runtime.has_failed:
         raise EngineError("an engine died, and with it this worker; the log above has the cause, start it again.")
     return exit_code

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastchat.supervisor.parent_link import ERROR, PARENT_FD_VARIABLE, READY
@@ -43,7 +43,7 @@ class ChildProcess:
         return f"<ChildProcess {self.pid} exit_code={self._process.returncode} ready_at={self._link.ready_at}>"
 
     @classmethod
-    async def start(cls, command: Sequence[str]) -> ChildProcess:
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str] | None = None) -> ChildProcess:
         """Start `command`: nothing to read, both outputs on our stderr. Only one call may run at a time."""
         ours, theirs = socket.socketpair()
         with theirs, _terminal_signals_blocked():  # the child inherits the blocked signals
@@ -53,7 +53,7 @@ class ChildProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=2,
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, PARENT_FD_VARIABLE: str(theirs.fileno())},
+                env={**(os.environ if environment is None else environment), PARENT_FD_VARIABLE: str(theirs.fileno())},
             )
         _, link = await asyncio.get_running_loop().create_connection(_Link, sock=ours)
         return cls(process, link)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -21,10 +22,10 @@ from fastchat.supervisor.policy import RestartLimits, RestartPolicy
 
 EXIT_FAILURE = 1
 EXIT_FORCED = 130
-HOPELESS_EXIT_CODES = frozenset({2, 69})
+HOPELESS_EXIT_CODES = frozenset({2, 69, 78})
 """A setting, checkpoint or port that cannot be used; before a process was ever ready, no new start mends it."""
-STOP_LIMIT_S = 15.0
-"""More than the 10 s that a server gives its requests in flight."""
+STOP_MARGIN_S = 5.0
+"""How much longer than its requests in flight a process may take to end."""
 UNREADY_STOP_LIMIT_S = 2.0
 """A process that still loads serves nobody and may not listen to signals."""
 
@@ -37,7 +38,8 @@ class ProcessSpec:
 
     `command` makes its command line at every start, from the workers that have yet to load their models. Those of a
     lower `stop_rank` are stopped first. A process with `model_names` is a worker: workers load one at a time, so that
-    each can count what the others hold, and one that flaps does not end the others.
+    each can count what the others hold, and one that flaps does not end the others. `environment` is for what must not
+    be seen on a command line.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ProcessSpec:
     stop_rank: int
     model_names: tuple[str, ...] = ()
     num_weight_bytes: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def is_worker(self) -> bool:
@@ -63,8 +66,9 @@ class Outcome:
 class _Place:
     """Where one process lives, through all its starts."""
 
-    def __init__(self, spec: ProcessSpec, limits: RestartLimits) -> None:
+    def __init__(self, spec: ProcessSpec, limits: RestartLimits, stop_limit_s: float) -> None:
         self.spec = spec
+        self._stop_limit_s = stop_limit_s
         self.policy = RestartPolicy(limits)
         self.child: ChildProcess | None = None
         self.was_ready = False
@@ -82,13 +86,17 @@ class _Place:
     async def stop(self) -> None:
         if self.child is None:
             return
-        limit_s = STOP_LIMIT_S if self.child.is_ready else UNREADY_STOP_LIMIT_S
+        limit_s = self._stop_limit_s if self.child.is_ready else UNREADY_STOP_LIMIT_S
         if not await self.child.stop(limit_s):
             _log.warning("process was forced to end", process=self.spec.name, after_s=limit_s)
 
 
 class Supervisor:
-    """Runs the processes of `specs`. `on_ready` is awaited once, with the models to expect, when all have started."""
+    """Runs the processes of `specs`. `on_ready` is awaited once, with the models to expect, when all have started.
+
+    `environment` is that of all processes (this one's where not given); each gives its requests in flight `drain_s`
+    seconds when it is stopped.
+    """
 
     def __init__(
         self,
@@ -96,8 +104,12 @@ class Supervisor:
         *,
         on_ready: Callable[[Sequence[str]], Awaitable[None]],
         limits: RestartLimits | None = None,
+        environment: Mapping[str, str] | None = None,
+        drain_s: float = 10.0,
     ) -> None:
-        self._places = [_Place(spec, limits or RestartLimits()) for spec in specs]
+        stop_limit_s = drain_s + STOP_MARGIN_S
+        self._places = [_Place(spec, limits or RestartLimits(), stop_limit_s) for spec in specs]
+        self._environment = os.environ if environment is None else environment
         self._on_ready = on_ready
         self._start_turn = asyncio.Lock()
         self._loading_turn = asyncio.Lock()
@@ -166,7 +178,7 @@ class Supervisor:
     async def _start(self, spec: ProcessSpec) -> ChildProcess:
         others = [place.spec for place in self._places if place.has_yet_to_load and place.spec is not spec]
         async with self._start_turn:
-            child = await ChildProcess.start(spec.command(others))
+            child = await ChildProcess.start(spec.command(others), {**self._environment, **spec.environment})
         _log.info("process started", process=spec.name, pid=child.pid)
         if spec.is_worker:
             _log.info("waiting for the model", model=",".join(spec.model_names), models_after_it=len(others))
