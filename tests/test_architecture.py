@@ -14,7 +14,7 @@ LAYERS = [
     {"native"},
     {"engine", "models", "ops", "cluster"},
     {"api"},
-    {"worker", "gateway", "arena", "supervisor", "terminal"},
+    {"worker", "gateway", "arena", "supervisor", "terminal", "web"},
     {"serve"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
@@ -96,6 +96,14 @@ def test_processes_that_compute_nothing_never_load_torch(name):
     """The control plane and the API server stay small and start fast."""
     loaded = loaded_by(f"import fastchat.serve.{name}")
     assert not loaded & {"torch", "transformers", "tokenizers", "sentencepiece", "numpy"}
+
+
+def test_the_page_computes_nothing():
+    """Gradio brings numpy along; no model code comes with it, and nothing of ours but the client's side of the API."""
+    assert not loaded_by("import fastchat.web.app") & {"torch", "transformers", "tokenizers", "sentencepiece"}
+    program = "import sys, fastchat.web.app\nprint(*(n for n in sys.modules if n.startswith('fastchat.')))"
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert {name.split(".")[1] for name in output.stdout.split()} <= {"errors", "config", "api", "web"}
 
 
 @pytest.mark.parametrize(

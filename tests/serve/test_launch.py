@@ -26,7 +26,7 @@ from tests.checkpoints import write_checkpoint
 from tests.processes import ServerProcess
 
 NAMES = ("chatglm2-6b", "tiny-llama")
-ANY_PORTS = ("--port", "0", "--controller-port", "0", "--worker-port", "0")
+ANY_PORTS = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--no-web")
 LONG = {"temperature": 0, "max_tokens": 200, "ignore_eos": True}
 ORPHAN_LIMIT_S = 5.0
 

@@ -18,11 +18,14 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class AccessLog:
-    """ASGI middleware, the outermost one. The request id is the one that the app answers with as `x-request-id`."""
+    """ASGI middleware, the outermost one. Lines of paths that begin with a quiet one are debug.
+
+    The request id is the one that the app answers with as `x-request-id`.
+    """
 
     def __init__(self, app: ASGIApp, quiet_paths: Collection[str] = QUIET_PATHS) -> None:
         self._app = app
-        self._quiet_paths = frozenset(quiet_paths)
+        self._quiet_paths = tuple(quiet_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,7 +44,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            write = _log.debug if scope["path"] in self._quiet_paths else _log.info
+            write = _log.debug if scope["path"].startswith(self._quiet_paths) else _log.info
             client = scope.get("client")
             write(
                 "request",

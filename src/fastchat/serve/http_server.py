@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Collection, Generator
 from dataclasses import dataclass
 from types import FrameType
 
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastchat.config import TlsFiles, internal_url
 from fastchat.errors import ConfigError, FastChatError, UnavailableError
-from fastchat.ops.access_log import AccessLog
+from fastchat.ops.access_log import QUIET_PATHS, AccessLog
 from fastchat.serve.arguments import DEFAULT_DRAIN_S, EXIT_FAILURE, EXIT_INTERRUPTED
 from fastchat.serve.http_protocol import LimitedHttpProtocol
 from fastchat.supervisor.parent_link import tell_ready
@@ -73,6 +73,7 @@ def run_server(
     on_stop: Callable[[], Awaitable[None]] | None = None,
     has_websockets: bool = True,
     drain_s: int = DEFAULT_DRAIN_S,
+    quiet_paths: Collection[str] = QUIET_PATHS,
 ) -> int:
     """Serve until a signal ends it; returns the exit code.
 
@@ -80,7 +81,7 @@ def run_server(
     endless streams and says goodbye. What is in flight may then go on for `drain_s` seconds. An error on purpose in
     the app's start-up is raised here. Without `has_websockets` an upgrade to one is not made.
     """
-    guarded = _StartUpGuard(AccessLog(app))
+    guarded = _StartUpGuard(AccessLog(app, quiet_paths))
     config = uvicorn.Config(
         guarded,
         host=listeners.host,

@@ -1,4 +1,4 @@
-"""`fastchat serve`: controller, API server and workers in one go, kept running until Ctrl-C.
+"""`fastchat serve`: controller, API server, workers and the page in one go, kept running until Ctrl-C.
 
 One worker process for each model: when one dies the others answer on. A process costs about 0.3 GB of memory beside its
 model; what they share, free memory for the KV cache, is divided because workers load one after the other and each is
@@ -29,7 +29,7 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.weight_files import find_weight_files
 from fastchat.ops.key_store import STORE_FILE_NAME, has_keys
 from fastchat.ops.logs import configure_logging
-from fastchat.serve import controller, openai_api_server, worker_arguments
+from fastchat.serve import controller, gradio_web_server, openai_api_server, worker_arguments
 from fastchat.serve.arguments import (
     add_address_flags,
     add_security_flags,
@@ -71,15 +71,17 @@ class Ports:
     api: int
     controller: int
     workers: tuple[int, ...]
+    web: int | None = None
 
 
 def create_serve_parser() -> argparse.ArgumentParser:
     """The command's flags: its own, and those of the processes that it starts."""
     parser = create_parser(
         "launch",
-        "Start everything: controller, API server and a worker for each model; what dies is started again.",
+        "Start everything: controller, API server, a worker for each model, the page; what dies is started again.",
         epilog="Listens on this machine only; --host 0.0.0.0 opens the API server to others, and --api-keys decides to "
-        "whom. Controller and workers stay on this machine. Without --model-path a tiny demo model is served.",
+        "whom; --web-host and --gradio-auth-path do the same for the page. Controller and workers stay on this "
+        "machine. Without --model-path a tiny demo model is served.",
     )
     parser.prog = "fastchat serve"
     worker_arguments.add_model_flags(parser, is_repeatable=True, default_model="the tiny demo model")
@@ -98,6 +100,7 @@ def create_serve_parser() -> argparse.ArgumentParser:
     openai_api_server.add_access_flags(parser)
     openai_api_server.add_arena_flags(parser)
     controller.add_allowed_workers_flag(parser)
+    gradio_web_server.add_serve_flags(parser)
     worker_arguments.add_serving_flags(parser)
     add_security_flags(parser)
     add_config_flag(parser, default="~/.config/fastchat/config.toml, if there")
@@ -129,7 +132,7 @@ async def _supervise(
         api_url = internal_url(arguments.host, ports.api, tls=arguments.ssl)
         await wait_until_ready(api_url, sum(spec.is_worker and set(spec.model_names) <= set(names) for spec in specs))
         needs_key = bool(arguments.api_keys) or has_keys(read_environment().state_dir / STORE_FILE_NAME)
-        sys.stdout.write(ready_block(api_url, names, has_keys=needs_key))
+        sys.stdout.write(ready_block(api_url, names, has_keys=needs_key, page_url=_page_url(arguments, ports)))
         sys.stdout.flush()
         tell_service_manager(READY)
         watcher = TableWatcher(controller_address=_internal(ports.controller), token=token)
@@ -167,7 +170,7 @@ def _stop(supervisor: Supervisor) -> None:
 def process_specs(
     arguments: argparse.Namespace, folders: Sequence[ServedFolder], ports: Ports
 ) -> tuple[ProcessSpec, ...]:
-    """What runs. Stopped in this order: the API server finishes what it relays, then workers, then who knows them."""
+    """What runs. Stopped in this order: page and API server finish what they relay, workers, who knows them."""
     security = ["--cluster-token-file", str(arguments.cluster_token_file)] if arguments.cluster_token_file else []
     controller_flags = ["--host", INTERNAL_HOST, "--port", str(ports.controller), *security]
     if arguments.allowed_workers:
@@ -202,8 +205,22 @@ def process_specs(
             stop_rank=0,
             environment={"FASTCHAT_API_KEYS": ",".join(arguments.api_keys)} if arguments.api_keys else {},
         ),
+        *_page_spec(arguments, folders, ports),
         *workers,
     )
+
+
+def _page_spec(arguments: argparse.Namespace, folders: Sequence[ServedFolder], ports: Ports) -> tuple[ProcessSpec, ...]:
+    if ports.web is None:
+        return ()
+    names = [name for folder in folders for name in folder.names]
+    api_url = internal_url(arguments.host, ports.api, tls=arguments.ssl)
+    flags = ["--host", arguments.web_host, "--port", str(ports.web), "--api-url", api_url]
+    flags += [f"--expect-models={json.dumps(names)}"]
+    flags += [f"--gradio-auth-path={arguments.gradio_auth_path.absolute()}"] if arguments.gradio_auth_path else []
+    command = _command("gradio_web_server", flags)
+    environment = {gradio_web_server.API_KEY_VARIABLE: arguments.api_keys[0]} if arguments.api_keys else {}
+    return (ProcessSpec("page", lambda _: command, stop_rank=0, is_essential=False, environment=environment),)
 
 
 def serving_flags(arguments: argparse.Namespace) -> list[str]:
@@ -219,16 +236,17 @@ def serving_flags(arguments: argparse.Namespace) -> list[str]:
     return flags
 
 
-def ready_block(api_url: str, names: Sequence[str], *, has_keys: bool) -> str:
+def ready_block(api_url: str, names: Sequence[str], *, has_keys: bool, page_url: str | None = None) -> str:
     """What is said once, when everything answers."""
     key = "'<one of your API keys>'" if has_keys else "EMPTY"
     header = '-H "Authorization: Bearer $OPENAI_API_KEY" ' if has_keys else ""
     body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello! What is your name?"}]})
     quoted = body.replace("'", "'\\''")
+    page = f"  page    {page_url}\n" if page_url is not None else ""
     return f"""
 Ready.
 
-  API     {api_url}/v1
+{page}  API     {api_url}/v1
   health  {api_url}/health
   models  {", ".join(names)}
 
@@ -290,6 +308,7 @@ def _choose_ports(arguments: argparse.Namespace, num_workers: int) -> Ports:
                 choose(INTERNAL_HOST, parse_port(first + number) if first else 0, "--worker-port")
                 for number in range(num_workers)
             ),
+            web=choose(arguments.web_host, arguments.web_port, "--web-port (or --no-web)") if arguments.web else None,
         )
 
 
@@ -307,6 +326,10 @@ def _access_flags(arguments: argparse.Namespace) -> list[str]:
 
 
 _CORS_LISTS = ("origins", "methods", "headers")
+
+
+def _page_url(arguments: argparse.Namespace, ports: Ports) -> str | None:
+    return None if ports.web is None else internal_url(arguments.web_host, ports.web)
 
 
 def _internal(port: int) -> str:

@@ -25,7 +25,10 @@ class Command:
 
 
 COMMANDS: tuple[Command, ...] = (
-    Command("serve", "fastchat.serve.launch", "start everything: controller, API server and a worker for each model"),
+    Command("serve", "fastchat.serve.launch", "start everything: controller, API server, workers and the page"),
+    Command(
+        "web", "fastchat.serve.gradio_web_server", "the page: chat in the browser with the models of a running server"
+    ),
     Command("chat", "fastchat.serve.chat", "talk in the terminal with a model of a running server"),
     Command("compare", "fastchat.serve.compare", "show two models' answers side by side, and vote"),
     Command("cli", "fastchat.serve.cli", "talk in the terminal with a model that is loaded there, without a server"),

@@ -48,6 +48,8 @@ class ProcessSpec:
     model_names: tuple[str, ...] = ()
     num_weight_bytes: int = 0
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    is_essential: bool = True
+    """Whether the others are of no use without it."""
 
     @property
     def is_worker(self) -> bool:
@@ -206,6 +208,9 @@ class Supervisor:
     def _give_up(self, place: _Place, facts: dict[str, str]) -> None:
         place.is_given_up = True
         place.settled.set()
+        if not place.spec.is_essential:
+            _log.error(f"GIVEN UP: the {place.spec.name} keeps ending; everything else goes on", **facts)
+            return
         has_workers = any(other.spec.is_worker and not other.is_given_up for other in self._places)
         if place.spec.is_worker and has_workers:
             names = ",".join(place.spec.model_names)

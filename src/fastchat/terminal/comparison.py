@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fastchat.api.answer_reader import MAX_EVENT_BYTES, error_of
 from fastchat.errors import UnavailableError
-from fastchat.terminal.answer_reader import MAX_EVENT_BYTES, error_of
 from fastchat.terminal.http_connection import HttpConnection
 
 ROUNDS_PATH = "/api/v1/arena/rounds"

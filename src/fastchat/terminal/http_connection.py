@@ -10,9 +10,9 @@ from typing import Any
 
 import aiohttp
 
+from fastchat.api.answer_reader import error_of
 from fastchat.config import dial_url
 from fastchat.errors import AuthenticationError, FastChatError, RequestError, UnavailableError
-from fastchat.terminal.answer_reader import error_of
 
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=600.0)
 """A long prompt may take minutes before its first word; a person is there to press Ctrl-C."""

@@ -12,8 +12,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from fastchat.api.answer_reader import AnswerReader
 from fastchat.errors import RequestError, UnavailableError
-from fastchat.terminal.answer_reader import AnswerReader
 from fastchat.terminal.conversation import Turn
 
 CONTEXT_CODE = "context_length_exceeded"

@@ -1,4 +1,4 @@
-"""Server-sent events of a chat answer, read as text. The same reader serves both talkers.
+"""Server-sent events of a chat answer, read as text, by whoever talks to a model as a client.
 
 Events end with an empty line and may come in any pieces; lines may end with CRLF; comments are passed over.
 """

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from fastchat.api.answer_reader import AnswerReader, error_of
 from fastchat.errors import RequestError, UnavailableError
-from fastchat.terminal.answer_reader import AnswerReader, error_of
 
 
 def chunk(**fields):

@@ -1,0 +1,83 @@
+"""The page as an app: guard, shell, the page's own small routes, and Gradio behind them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import gradio as gr
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from fastchat.web.answering import Answerer
+from fastchat.web.api_client import ApiClient
+from fastchat.web.chat_tab import ChatTab
+from fastchat.web.config import PageConfig
+from fastchat.web.guard import Guard
+from fastchat.web.served_models import ServedModels
+from fastchat.web.shell import ASSETS, PageShell, asset_response
+from fastchat.web.theme import page_theme
+from fastchat.web.translation import gradio_tables, label
+
+
+def create_web_app(config: PageConfig) -> ASGIApp:
+    """The whole page. It opens its connection to the API server in its lifespan."""
+    client = ApiClient(config.api_url, api_key=config.api_key)
+    models = ServedModels(client, mode=config.model_list_mode, expected=config.expected_models)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with client.keep_open():
+            yield
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app.router.routes.extend(_own_routes(models))
+    gr.mount_gradio_app(
+        app,
+        _blocks(config, models, Answerer(client)),
+        path="/",
+        auth=config.accounts.are_right if config.accounts else None,
+        root_path=config.root_path or None,
+        allowed_paths=[],
+        max_file_size=1,
+        show_error=False,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        i18n=gradio_tables(),
+        theme=page_theme(),
+    )
+    return Guard(PageShell(app), has_login=config.accounts is not None)
+
+
+def _blocks(config: PageConfig, models: ServedModels, answerer: Answerer) -> gr.Blocks:
+    blocks: gr.Blocks
+    with (
+        gr.Blocks(analytics_enabled=False, title="FastChat", fill_width=True) as blocks,
+        gr.Tabs(elem_id="tabs"),
+        gr.Tab(label("tab_chat"), id="chat"),
+    ):
+        ChatTab(models, answerer, max_answers=config.max_answers).build(blocks)
+    blocks.queue(default_concurrency_limit=None, api_open=False, max_size=None)
+    return blocks
+
+
+def _own_routes(models: ServedModels) -> list[Route]:
+    async def show_models(_: Request) -> Response:
+        await models.refresh()
+        return JSONResponse(models.as_json(), headers={"cache-control": "no-store"})
+
+    async def show_asset(_: Request, name: str) -> Response:
+        return asset_response(name)
+
+    return [
+        Route("/page/models", show_models),
+        *(Route(f"/page/{name}", partial(show_asset, name=name)) for name in ASSETS),
+    ]

@@ -1,0 +1,513 @@
+// The browser's own part of the page: language, light and dark, the conversations and where they are kept, the list of
+// models. It runs before Gradio's scripts. `window.fastchat` is what the events of chat_tab.py call.
+"use strict";
+(() => {
+  const INDEX = "fastchat.conversations";
+  const ONE = "fastchat.conversation.";
+  const SETTINGS = "fastchat.settings";
+  const MODEL = "fastchat.model";
+  const LANGUAGE = "fastchat.language";
+  const THEME = "fastchat.theme";
+  const SPEED = "fastchat.speed";
+  const SAVE_EVERY_MS = 500;
+  const ASK_MODELS_EVERY_MS = 2000;
+  const MAX_IMPORT_BYTES = 32 * 1024 * 1024;
+
+  // ---- storage: a browser may forbid it, and then the page works without a memory -------------------------------
+
+  function read(key, otherwise) {
+    try {
+      const text = localStorage.getItem(key);
+      return text === null ? otherwise : JSON.parse(text);
+    } catch {
+      return otherwise;
+    }
+  }
+
+  function write(key, value) {
+    try {
+      localStorage.setItem(key, JSON.stringify(value));
+      return true;
+    } catch {
+      tell(word("storage_full"));
+      return false;
+    }
+  }
+
+  function remove(key) {
+    try {
+      localStorage.removeItem(key);
+    } catch {}
+  }
+
+  // ---- language: chosen here, else the browser's; Gradio asks the navigator --------------------------------------
+
+  function chosenLanguage() {
+    const kept = read(LANGUAGE, null);
+    if (kept === "en" || kept === "zh") return kept;
+    return (navigator.language || "en").toLowerCase().startsWith("zh") ? "zh" : "en";
+  }
+
+  const language = chosenLanguage();
+  const locale = language === "zh" ? "zh-CN" : "en";
+  Object.defineProperty(navigator, "language", { get: () => locale });
+  Object.defineProperty(navigator, "languages", { get: () => [locale] });
+  document.documentElement.lang = locale;
+  document.cookie = `fastchat_language=${language}; path=/; SameSite=Lax; max-age=31536000`;
+
+  function word(key, facts = {}) {
+    let text = window.fastchatTexts[language][key];
+    for (const [name, fact] of Object.entries(facts)) text = text.replace(`{${name}}`, fact);
+    return text;
+  }
+
+  function switchLanguage() {
+    write(LANGUAGE, language === "zh" ? "en" : "zh");
+    location.reload();
+  }
+
+  // ---- light and dark: chosen here, else the system's -------------------------------------------------------------
+
+  const darkSystem = window.matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (read(THEME, null) ?? (darkSystem.matches ? "dark" : "light")) === "dark";
+
+  function applyTheme() {
+    const dark = isDark();
+    document.documentElement.style.colorScheme = dark ? "dark" : "light";
+    if (document.body && document.body.classList.contains("dark") !== dark) {
+      document.body.classList.toggle("dark", dark);
+    }
+    const button = document.getElementById("theme-switch");
+    if (button) button.textContent = word(dark ? "theme_light" : "theme_dark");
+  }
+
+  function switchTheme() {
+    write(THEME, isDark() ? "light" : "dark");
+    applyTheme();
+  }
+
+  // ---- conversations -------------------------------------------------------------------------------------------
+
+  let current = null; // the id of the shown conversation; null before its first message
+  let pending = null; // what is to be written, and the timer that will
+  let timer = 0;
+  let toShow = null; // what `opened` hands to Gradio
+  let returnToBox = "";
+
+  const newId = () => `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 8)}`;
+  const entries = () => read(INDEX, []).filter((entry) => entry && typeof entry.id === "string");
+
+  function plain(pane) {
+    const textOf = (content) =>
+      typeof content === "string" ? content : (content ?? []).map((part) => part.text ?? "").join("\n");
+    return (pane ?? []).map((message) => ({ role: message.role, content: textOf(message.content) }));
+  }
+
+  const forPane = (messages) =>
+    messages.map((message) => ({
+      role: message.role,
+      content: [{ type: "text", text: message.content }],
+      metadata: null,
+      options: null,
+    }));
+
+  function titleOf(messages) {
+    const first = messages.find((message) => message.role === "user")?.content ?? "";
+    const line = first.trim().split("\n")[0];
+    return line.length > 60 ? `${line.slice(0, 60)}…` : line;
+  }
+
+  function save() {
+    clearTimeout(timer);
+    timer = 0;
+    if (pending === null) return;
+    const { id, messages, settings } = pending;
+    pending = null;
+    const known = entries();
+    const entry = known.find((each) => each.id === id) ?? { id, title: null };
+    const written = write(ONE + id, { messages, ...settings });
+    if (!written) return;
+    entry.title ??= titleOf(messages);
+    entry.updated = Date.now();
+    write(INDEX, [entry, ...known.filter((each) => each.id !== id)]);
+    drawList();
+  }
+
+  function keep(pane, model, system) {
+    const messages = plain(pane);
+    const stored = current === null ? null : read(ONE + current, null);
+    if (stored !== null && JSON.stringify(stored.messages) === JSON.stringify(messages)) {
+      pending = null;
+      return;
+    }
+    if (current === null) {
+      if (messages.length === 0) return;
+      current = newId();
+      pending = { id: current, messages, settings: { model, system } };
+      save();
+      return;
+    }
+    pending = { id: current, messages, settings: { model, system } };
+    if (timer === 0) timer = setTimeout(save, SAVE_EVERY_MS);
+  }
+
+  function press(id) {
+    document.getElementById(id)?.click();
+  }
+
+  function open(id) {
+    save();
+    if (document.body.classList.contains("answering")) press("stop");
+    const conversation = id === null ? null : read(ONE + id, null);
+    current = conversation === null ? null : id;
+    toShow = conversation ?? { messages: [], system: undefined };
+    returnToBox = "";
+    press("open-switch");
+    drawList();
+    document.body.classList.remove("list-open");
+    document.querySelector("#message textarea")?.focus();
+  }
+
+  const NOTHING = { __type__: "update" };
+
+  function shownValues(conversation) {
+    const settings = [NOTHING, conversation.system ?? NOTHING, NOTHING, NOTHING, NOTHING, NOTHING];
+    if (conversation.model && models.models.includes(conversation.model)) settings[0] = conversation.model;
+    return [returnToBox, forPane(conversation.messages), "", ...settings];
+  }
+
+  function opened() {
+    const conversation = toShow ?? { messages: [] };
+    toShow = null;
+    return shownValues(conversation);
+  }
+
+  function rename(id) {
+    const known = entries();
+    const entry = known.find((each) => each.id === id);
+    const title = window.prompt(word("rename_question"), entry.title)?.trim();
+    if (!title) return;
+    entry.title = title.slice(0, 200);
+    write(INDEX, known);
+    drawList();
+  }
+
+  function forget(id) {
+    if (!window.confirm(word("delete_question"))) return;
+    if (pending?.id === id) pending = null;
+    if (current === id) open(null);
+    write(INDEX, entries().filter((each) => each.id !== id));
+    remove(ONE + id);
+    drawList();
+  }
+
+  function exportAll(ids) {
+    save();
+    const conversations = entries()
+      .filter((entry) => ids === null || ids.includes(entry.id))
+      .map((entry) => ({ title: entry.title, updated: entry.updated, ...read(ONE + entry.id, { messages: [] }) }));
+    const document_ = { format: "fastchat-conversations", version: 1, conversations };
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([JSON.stringify(document_, null, 2)], { type: "application/json" }));
+    link.download = `fastchat-${new Date().toISOString().slice(0, 10)}.json`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  }
+
+  // An export of this page, or what FastChat's !!save writes: {roles: [user, assistant], messages: [[role, text], ...]}.
+  function readImport(found) {
+    const isMessage = (each) => ["user", "assistant"].includes(each?.role) && typeof each.content === "string";
+    if (Array.isArray(found?.roles) && Array.isArray(found.messages)) {
+      const spoken = found.messages.filter((each) => Array.isArray(each) && typeof each[1] === "string");
+      const messages = spoken.map(([role, text]) => ({
+        role: role === found.roles[0] ? "user" : "assistant",
+        content: text,
+      }));
+      return [{ messages, system: typeof found.system_message === "string" ? found.system_message : "" }];
+    }
+    if (found?.format !== "fastchat-conversations" || !Array.isArray(found.conversations)) return [];
+    return found.conversations
+      .filter((each) => Array.isArray(each?.messages) && each.messages.every(isMessage))
+      .map((each) => ({
+        title: typeof each.title === "string" ? each.title.slice(0, 200) : null,
+        messages: each.messages.map(({ role, content }) => ({ role, content })),
+        model: typeof each.model === "string" ? each.model : undefined,
+        system: typeof each.system === "string" ? each.system : "",
+      }));
+  }
+
+  async function importFile(file) {
+    let found = [];
+    try {
+      if (file.size <= MAX_IMPORT_BYTES) found = readImport(JSON.parse(await file.text()));
+    } catch {}
+    found = found.filter((each) => each.messages.length > 0);
+    if (found.length === 0) return tell(word("import_failed"));
+    const added = [];
+    for (const { title, ...conversation } of found) {
+      const id = newId();
+      if (!write(ONE + id, conversation)) return;
+      added.push({ id, title: title ?? titleOf(conversation.messages), updated: Date.now() });
+    }
+    write(INDEX, [...added, ...entries()]);
+    drawList();
+    tell(word("imported", { count: added.length }));
+    open(added[0].id);
+  }
+
+  // ---- what an event of the page calls -------------------------------------------------------------------------
+
+  function begin(values) {
+    document.body.classList.add("answering");
+    return values;
+  }
+
+  function end() {
+    document.body.classList.remove("answering");
+    save();
+  }
+
+  function stopped(pane) {
+    end();
+    const unanswered = plain(pane).at(-1)?.role === "user";
+    if (!unanswered) return [""];
+    const button = `<button type="button" data-press="retry-switch">${word("try_again")}</button>`;
+    return [`<div class="notice" role="status"><span></span>${button}</div>`];
+  }
+
+  function keepSettings(model, system, temperature, topP, maxTokens, seed) {
+    if (typeof model === "string" && model) write(MODEL, model);
+    write(SETTINGS, { temperature, topP, maxTokens, seed });
+  }
+
+  async function start() {
+    await askModels();
+    const kept = read(SETTINGS, {});
+    const known = entries();
+    const wanted = new URLSearchParams(location.search).get("model");
+    const last = sessionStorage.getItem("fastchat.current") ?? known[0]?.id;
+    const conversation = wanted === null && last ? read(ONE + last, null) : null;
+    current = conversation === null ? null : last;
+    const values = shownValues(conversation ?? { messages: [] });
+    const model = chooseModel(wanted ?? conversation?.model ?? read(MODEL, null));
+    drawAll();
+    setInterval(followModels, ASK_MODELS_EVERY_MS);
+    return [
+      ...values.slice(0, 3),
+      modelField(model),
+      values[4],
+      kept.temperature ?? NOTHING,
+      kept.topP ?? NOTHING,
+      kept.maxTokens ?? NOTHING,
+      kept.seed ?? NOTHING,
+    ];
+  }
+
+  // ---- models -----------------------------------------------------------------------------------------------------
+
+  let models = { models: [], loading: [], is_reachable: true };
+
+  async function askModels() {
+    try {
+      const answer = await fetch("./page/models", { cache: "no-store" });
+      if (answer.ok) models = await answer.json();
+    } catch {
+      models = { models: [], loading: [], is_reachable: false };
+    }
+    drawModelState();
+  }
+
+  async function followModels() {
+    if (document.hidden) return;
+    const before = JSON.stringify(models);
+    await askModels();
+    if (JSON.stringify(models) !== before) press("models-switch");
+  }
+
+  const chooseModel = (wanted) =>
+    [...models.models, ...models.loading].includes(wanted) ? wanted : (models.models[0] ?? models.loading[0] ?? null);
+
+  function modelField(value) {
+    const choices = [
+      ...models.models.map((name) => [name, name]),
+      ...models.loading.map((name) => [`${name} ${word("loading_suffix")}`, name]),
+    ];
+    return { __type__: "update", choices, value };
+  }
+
+  function modelUpdate(chosen) {
+    // A model that is away for a moment stays chosen where it was chosen by hand.
+    return modelField(models.models.length || models.loading.length ? chooseModel(chosen ?? read(MODEL, null)) : null);
+  }
+
+  function drawModelState() {
+    const place = document.getElementById("model-state");
+    if (!place) return;
+    let text = "";
+    if (!models.is_reachable) text = word("api_unreachable");
+    else if (models.models.length === 0 && models.loading.length > 0)
+      text = word("models_loading", { models: models.loading.join(", ") });
+    else if (models.models.length === 0) text = word("no_models");
+    if (place.textContent !== text) place.textContent = text;
+  }
+
+  // ---- drawing ------------------------------------------------------------------------------------------------------
+
+  function make(tag, attributes = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+      else if (value !== null) element.setAttribute(name, value);
+    }
+    element.append(...children);
+    return element;
+  }
+
+  const ICONS = {
+    menu: "M4 6h16M4 12h16M4 18h16",
+    plus: "M12 5v14M5 12h14",
+    pen: "M4 20h4L19 9l-4-4L4 16z",
+    down: "M12 4v11m0 0 4-4m-4 4-4-4M5 20h14",
+    bin: "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13",
+  };
+
+  function icon(name) {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    svg.setAttribute("viewBox", "0 0 24 24");
+    svg.setAttribute("aria-hidden", "true");
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    path.setAttribute("d", ICONS[name]);
+    svg.append(path);
+    return svg;
+  }
+
+  const iconButton = (name, text, onclick) =>
+    make("button", { type: "button", class: "icon-button", "aria-label": text, title: text, onclick }, icon(name));
+
+  function drawList() {
+    const list = document.getElementById("conversation-list");
+    if (!list) return;
+    const known = entries();
+    list.replaceChildren(
+      ...known.map((entry) =>
+        make(
+          "li",
+          { class: entry.id === current ? "is-current" : null },
+          make(
+            "button",
+            {
+              type: "button",
+              class: "conversation",
+              "aria-current": entry.id === current ? "true" : null,
+              title: entry.title,
+              onclick: () => open(entry.id),
+            },
+            entry.title || word("untitled"),
+          ),
+          iconButton("pen", word("rename"), () => rename(entry.id)),
+          iconButton("down", word("export_one"), () => exportAll([entry.id])),
+          iconButton("bin", word("delete"), () => forget(entry.id)),
+        ),
+      ),
+    );
+    document.getElementById("no-conversations").hidden = known.length > 0;
+    if (current === null) sessionStorage.removeItem("fastchat.current");
+    else sessionStorage.setItem("fastchat.current", current);
+  }
+
+  function drawAll() {
+    const place = document.getElementById("conversations");
+    if (!place || place.childElementCount > 0) return;
+    const picker = make("input", { type: "file", accept: ".json,application/json", hidden: "" });
+    picker.addEventListener("change", () => {
+      if (picker.files[0]) importFile(picker.files[0]);
+      picker.value = "";
+    });
+    const textButton = (text, onclick, attributes = {}) =>
+      make("button", { type: "button", class: "text-button", onclick, ...attributes }, text);
+    place.append(
+      make("div", { class: "brand" }, make("img", { src: "./page/icon.svg", alt: "", width: 26, height: 26 }), "FastChat"),
+      make("button", { type: "button", id: "new-chat", onclick: () => open(null) }, icon("plus"), word("new_chat")),
+      make("nav", { "aria-label": word("conversations") }, make("ul", { id: "conversation-list" })),
+      make("p", { id: "no-conversations" }, word("no_conversations")),
+      make(
+        "div",
+        { class: "sidebar-end" },
+        textButton(word("import"), () => picker.click(), { id: "import" }),
+        textButton(word("export"), () => exportAll(null), { id: "export" }),
+        picker,
+      ),
+    );
+    document.getElementById("bar-start").append(
+      iconButton("menu", word("show_conversations"), () => document.body.classList.toggle("list-open")),
+    );
+    document.getElementById("bar-end").append(
+      make("span", { id: "model-state", role: "status" }),
+      textButton(word("language"), switchLanguage, { id: "language-switch", "aria-label": word("language_label") }),
+      textButton("", switchTheme, { id: "theme-switch", title: word("theme_label") }),
+    );
+    document.body.classList.toggle("show-speed", read(SPEED, false));
+    drawSpeedSwitch();
+    drawList();
+    drawModelState();
+    applyTheme();
+  }
+
+  // The fold's content comes into being when it is first opened.
+  function drawSpeedSwitch() {
+    const place = document.getElementById("settings-end");
+    if (!place || place.childElementCount > 0) return;
+    const box = make("input", { type: "checkbox", id: "show-speed" });
+    box.checked = read(SPEED, false);
+    box.addEventListener("change", () => {
+      write(SPEED, box.checked);
+      document.body.classList.toggle("show-speed", box.checked);
+    });
+    place.append(make("label", {}, box, word("show_speed")));
+  }
+
+  function tell(text) {
+    const note = make("div", { class: "note", role: "status" }, text);
+    document.body.append(note);
+    setTimeout(() => note.remove(), 6000);
+  }
+
+  // ---- text stays text ------------------------------------------------------------------------------------------
+  // Gradio shows Markdown without scripts. This takes out what could still fetch or cover: styles that name an address,
+  // and diagrams, which would be drawn from the model's text. It runs before the browser lays the new nodes out.
+
+  function calm(root) {
+    for (const element of root.querySelectorAll("[style]")) {
+      if (/url|image|src|@|\\|position\s*:\s*(fixed|sticky|absolute)/i.test(element.getAttribute("style")) && !element.closest(".katex"))
+        element.removeAttribute("style");
+    }
+    for (const element of root.querySelectorAll("[background]")) element.removeAttribute("background");
+    for (const diagram of root.querySelectorAll(".mermaid:not([data-processed])")) {
+      diagram.replaceWith(make("pre", {}, make("code", {}, diagram.textContent)));
+    }
+  }
+
+  function watch() {
+    new MutationObserver((changes) => {
+      if (!changes.some((change) => change.addedNodes.length > 0)) return;
+      for (const pane of document.querySelectorAll("[data-testid='bot'], [data-testid='user']")) calm(pane);
+      drawSpeedSwitch();
+    }).observe(document.body, { childList: true, subtree: true });
+    new MutationObserver(applyTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+    darkSystem.addEventListener("change", applyTheme);
+    document.body.addEventListener("click", (event) => {
+      const target = event.target.closest?.("[data-press]");
+      if (target) press(target.dataset.press);
+      else if (!event.target.closest?.("#sidebar, #bar-start")) document.body.classList.remove("list-open");
+    });
+    window.addEventListener("pagehide", save);
+    window.addEventListener("storage", drawList);
+  }
+
+  document.addEventListener("DOMContentLoaded", () => {
+    applyTheme();
+    watch();
+  });
+
+  window.fastchat = { begin, end, stopped, keep, keepSettings, opened, start, modelUpdate };
+})();

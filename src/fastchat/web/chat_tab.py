@@ -1,0 +1,224 @@
+"""The chat: model, settings, conversation and message box, and what happens when each is used.
+
+The conversation lives in the browser. Each event brings it along, its values are checked again here, and what comes
+back is the conversation with one more answer. Lists, storage and small switches are the browser's own (`page.js`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from fastchat.web.answering import Answer, Answerer
+from fastchat.web.api_client import Message
+from fastchat.web.chat_pane import chat_pane
+from fastchat.web.components import PlainDropdown
+from fastchat.web.failures import BadInputError
+from fastchat.web.questions import RawSettings, chat_request
+from fastchat.web.served_models import ServedModels
+from fastchat.web.settings_fold import SettingsFold
+from fastchat.web.translation import Language, label, language_of, translate
+
+Update = tuple[Any, Any, Any]
+"""Message box, conversation and status line; each a value or Gradio's mark for "as it is"."""
+
+_HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+class ChatTab:
+    """The tab's components and handlers."""
+
+    def __init__(self, models: ServedModels, answerer: Answerer, *, max_answers: int | None) -> None:
+        self._models = models
+        self._answerer = answerer
+        self._running = {**_HIDDEN, "concurrency_limit": max_answers, "concurrency_id": "answers"}
+
+    def build(self, blocks: gr.Blocks) -> None:
+        """Lay the tab out; called within the page's `Blocks`."""
+        with gr.Row(elem_id="chat-layout", equal_height=True):
+            gr.HTML('<div id="conversations"></div>', elem_id="sidebar", js_on_load=None, apply_default_css=False)
+            with gr.Column(elem_id="chat-main"):
+                with gr.Row(elem_id="chat-bar"):
+                    gr.HTML(
+                        '<div id="bar-start"></div>', elem_id="bar-start-box", js_on_load=None, apply_default_css=False
+                    )
+                    self.model = PlainDropdown(
+                        choices=[], label=label("model"), show_label=False, container=False, elem_id="model"
+                    )
+                    gr.HTML('<div id="bar-end"></div>', elem_id="bar-end-box", js_on_load=None, apply_default_css=False)
+                self.settings = SettingsFold()
+                self.pane = chat_pane(
+                    label=label("chat_pane"),
+                    elem_id="chat",
+                    height="100%",
+                    editable="user",
+                    buttons=["copy"],
+                    placeholder=label("welcome"),
+                )
+                self.status = gr.HTML("", elem_id="status", js_on_load=None, apply_default_css=False)
+                with gr.Row(elem_id="composer"):
+                    self.box = gr.Textbox(
+                        label=label("message"),
+                        placeholder=label("message_placeholder"),
+                        show_label=False,
+                        container=False,
+                        lines=1,
+                        max_lines=10,
+                        autofocus=True,
+                        elem_id="message",
+                    )
+                    self.send = gr.Button(label("send"), variant="primary", elem_id="send")
+                    self.stop = gr.Button(label("stop"), variant="stop", elem_id="stop")
+        self._build_switches()
+        self._listen(blocks)
+
+    def _build_switches(self) -> None:
+        """Buttons that nobody sees: the browser's own code presses them."""
+        with gr.Row(elem_id="switches"):
+            self.retry_switch = gr.Button("retry", elem_id="retry-switch")
+            self.open_switch = gr.Button("open", elem_id="open-switch")
+            self.models_switch = gr.Button("models", elem_id="models-switch")
+
+    def _listen(self, blocks: gr.Blocks) -> None:
+        settings: list[Any] = [self.model, *self.settings.components]
+        shown = [self.box, self.pane, self.status]
+        begin = "(...values) => window.fastchat.begin(values)"
+        answers = [
+            gr.on(
+                [self.box.submit, self.send.click],
+                self.ask,
+                [self.box, self.pane, *settings],
+                shown,
+                js=begin,
+                **self._running,
+            ),
+            self.pane.retry(self.answer_again, [self.pane, *settings], shown, js=begin, **self._running),
+            self.retry_switch.click(self.try_again, [self.pane, *settings], shown, js=begin, **self._running),
+            self.pane.edit(self.answer_edited, [self.pane, *settings], shown, js=begin, **self._running),
+        ]
+        for answer in answers:
+            answer.then(None, js="() => window.fastchat.end()", **_HIDDEN)
+        self.stop.click(
+            None, [self.pane], [self.status], js="(pane) => window.fastchat.stopped(pane)", cancels=answers, **_HIDDEN
+        )
+        self.pane.undo(self.take_back, [self.pane], shown, **_HIDDEN)
+        kept = [self.pane, *settings]
+        self.pane.change(None, kept, None, js="(...values) => window.fastchat.keep(...values)", **_HIDDEN)
+        self.open_switch.click(None, None, [*shown, *settings], js="() => window.fastchat.opened()", **_HIDDEN)
+        self.models_switch.click(
+            None, [self.model], [self.model], js="(model) => [window.fastchat.modelUpdate(model)]", **_HIDDEN
+        )
+        for part in settings:
+            part.change(None, settings, None, js="(...values) => window.fastchat.keepSettings(...values)", **_HIDDEN)
+        blocks.load(None, None, [*shown, *settings], js="() => window.fastchat.start()", **_HIDDEN)
+
+    async def ask(
+        self, text: str, turns: list[Message], request: gr.Request, *settings: Any
+    ) -> AsyncGenerator[Update, None]:
+        """A message was sent."""
+        language = language_of(request)
+        if not isinstance(text, str) or not text.strip():
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        async with aclosing(self._answer([*turns, Message("user", text)], settings, language)) as updates:
+            box: Any = ""
+            async for pane, status in updates:
+                if pane is None:  # refused before anything was sent: the message stays where it was written
+                    yield gr.skip(), gr.skip(), status
+                else:
+                    yield box, pane, status
+                    box = gr.skip()
+
+    async def answer_again(
+        self, turns: list[Message], event: gr.RetryData, request: gr.Request, *settings: Any
+    ) -> AsyncGenerator[Update, None]:
+        """An answer's retry button was pressed."""
+        async for update in self._without_box(_up_to_question(turns[: _index(event) + 1]), settings, request):
+            yield update
+
+    async def try_again(
+        self, turns: list[Message], request: gr.Request, *settings: Any
+    ) -> AsyncGenerator[Update, None]:
+        """The last question is asked once more."""
+        async for update in self._without_box(_up_to_question(turns), settings, request):
+            yield update
+
+    async def answer_edited(
+        self, turns: list[Message], event: gr.EditData, request: gr.Request, *settings: Any
+    ) -> AsyncGenerator[Update, None]:
+        """An earlier message was changed: what came after it is answered anew."""
+        edited = [*turns[: _index(event)], Message("user", str(event.value))]
+        async for update in self._without_box(edited, settings, request):
+            yield update
+
+    def take_back(self, turns: list[Message], event: gr.UndoData) -> Update:
+        """The last exchange is taken back; its question returns to the message box."""
+        kept = _up_to_question(turns[: _index(event) + 1])
+        return (kept[-1].text if kept else ""), kept[:-1], ""
+
+    async def _without_box(
+        self, turns: list[Message], settings: Sequence[Any], request: gr.Request
+    ) -> AsyncGenerator[Update, None]:
+        async with aclosing(self._answer(turns, settings, language_of(request))) as updates:
+            async for pane, status in updates:
+                yield gr.skip(), (gr.skip() if pane is None else pane), status
+
+    async def _answer(
+        self, turns: list[Message], settings: Sequence[Any], language: Language
+    ) -> AsyncGenerator[tuple[list[Message] | None, Any], None]:
+        """The conversation and the status line as the answer grows; None for a conversation that cannot be sent."""
+        try:
+            request = chat_request(turns, RawSettings(*settings), loading=self._models.loading)
+        except BadInputError as error:
+            yield None, _notice(error.failure.text(language), language, can_retry=False)
+            return
+        yield turns, ""
+        async with aclosing(self._answerer.answer(request)) as answers:
+            async for answer in answers:
+                pane = [*turns, Message("assistant", answer.text)] if answer.text else turns
+                yield pane, _status(answer, language)
+
+
+def _index(event: gr.RetryData | gr.UndoData | gr.EditData) -> int:
+    """Which message an event is about: a number that a browser sent."""
+    index = event.index[0] if isinstance(event.index, list | tuple) else event.index
+    return index if isinstance(index, int) and index >= 0 else 0
+
+
+def _up_to_question(turns: list[Message]) -> list[Message]:
+    """The turns up to the last question."""
+    last = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=-1)
+    return turns[: last + 1]
+
+
+def _status(answer: Answer, language: Language) -> Any:  # Any: HTML, or Gradio's mark for "as it is"
+    if answer.failure is not None:
+        return _notice(answer.failure.text(language), language, can_retry=True)
+    facts = answer.facts
+    if facts.finish_reason is None:
+        return gr.skip()
+    cut_off = (
+        _notice(translate(language, "cut_off"), language, can_retry=False) if facts.finish_reason == "length" else ""
+    )
+    generated = facts.num_generated_tokens or 0
+    writing_s = facts.total_s - (facts.first_text_s or 0.0)
+    line = translate(
+        language,
+        "speed_line",
+        generated=generated,
+        prompt=facts.num_prompt_tokens if facts.num_prompt_tokens is not None else "?",
+        seconds=f"{facts.total_s:.1f}",
+        first=f"{facts.first_text_s or facts.total_s:.2f}",
+        speed=f"{(generated - 1) / writing_s:.1f}" if generated > 1 and writing_s > 0 else "–",
+    )
+    return f'{cut_off}<p class="speed">{escape(line)}</p>'
+
+
+def _notice(text: str, language: Language, *, can_retry: bool) -> str:
+    words = escape(translate(language, "try_again"))
+    button = f'<button type="button" data-press="retry-switch">{words}</button>' if can_retry else ""
+    return f'<div class="notice" role="alert"><span>{escape(text)}</span>{button}</div>'

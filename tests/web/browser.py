@@ -1,0 +1,127 @@
+"""A real Chromium on the page. Whatever it complains of, and whatever it asks of another origin, fails the test."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response
+
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+WIDE = {"width": 1280, "height": 800}
+LIMIT_MS = 30_000
+
+
+class Visit:
+    """One browser window, with an empty storage, on the page."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.url = url
+        self.complaints: list[str] = []
+        page.set_default_timeout(LIMIT_MS)
+        page.on("console", self._note_console)
+        page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
+        page.on("request", self._note_request)
+        page.on("response", self._note_response)
+
+    def open(self, path: str = "/") -> Visit:
+        """Load the page and wait until it can be used."""
+        self.page.goto(self.url + path)
+        return self.wait_until_usable()
+
+    def reload(self) -> Visit:
+        self.page.reload()
+        return self.wait_until_usable()
+
+    def wait_until_usable(self) -> Visit:
+        self.page.locator("#new-chat").wait_for()
+        self.page.locator("#message textarea").wait_for()
+        return self
+
+    def send(self, text: str) -> None:
+        self.page.fill("#message textarea", text)
+        self.page.keyboard.press("Enter")
+
+    def ask(self, text: str) -> str:
+        """Send a message, wait for the whole answer, return it."""
+        self.send(text)
+        self.page.locator("body.answering").wait_for()
+        self.wait_until_answered()
+        return self.answers()[-1]
+
+    def wait_until_answered(self) -> None:
+        self.page.locator("body:not(.answering)").wait_for(timeout=60_000)
+
+    def answers(self) -> list[str]:
+        return self.page.locator("#chat [data-testid=bot]").all_inner_texts()
+
+    def questions(self) -> list[str]:
+        return self.page.locator("#chat [data-testid=user]").all_inner_texts()
+
+    def titles(self) -> list[str]:
+        return self.page.locator("#conversation-list .conversation").all_inner_texts()
+
+    def choose_model(self, name: str) -> None:
+        self.page.locator("#model input").click()
+        self.page.get_by_role("option", name=re.compile(name)).click()
+
+    def models(self) -> list[str]:
+        self.page.locator("#model input").click()
+        names = self.page.get_by_role("option").all_inner_texts()
+        self.page.keyboard.press("Escape")
+        return [name.removeprefix("✓").strip() for name in names]
+
+    def open_settings(self) -> None:
+        self.page.locator("#settings button").first.click()
+        self.page.locator("#temperature").wait_for()
+
+    def set_number(self, name: str, value: float | str) -> None:
+        self.page.locator(f"#{name} input[type=number]").first.fill(str(value))
+        self.page.keyboard.press("Tab")
+
+    def wait_for_notice(self, text: str | re.Pattern[str]) -> str:
+        notice = self.page.locator("#status .notice").filter(has_text=text)
+        notice.wait_for()
+        return notice.inner_text()
+
+    def wait_for(self, condition: Callable[[], bool], *, what: str, limit_s: float = 20.0) -> None:
+        """Wait until something holds that the page does not announce."""
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not within {limit_s} s"
+            self.page.wait_for_timeout(50)
+
+    def _note_console(self, message: ConsoleMessage) -> None:
+        if message.type in {"error", "warning"}:
+            self.complaints.append(f"{message.type}: {message.text}")
+
+    def _note_request(self, request: Request) -> None:
+        if not request.url.startswith((self.url, "data:", "blob:")):
+            self.complaints.append(f"request to {request.url}")
+
+    def _note_response(self, response: Response) -> None:
+        if response.status >= 400:
+            self.complaints.append(f"{response.status} of {response.url}")
+
+
+@contextmanager
+def visiting(browser: Browser, url: str, **options: object) -> Iterator[Visit]:
+    """A window of its own; at its end nothing may have been complained of."""
+    context = browser.new_context(**{"viewport": WIDE, "locale": "en-US", **options})
+    visit = Visit(context.new_page(), url)
+    try:
+        yield visit
+    finally:
+        context.close()
+    assert visit.complaints == []

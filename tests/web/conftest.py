@@ -1,0 +1,66 @@
+"""The page on a running system: API server, controller, and a worker with the demo model and one that never ends."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from fastchat.serve.launch import DEMO_MODEL
+from tests.checkpoints import write_checkpoint
+from tests.processes import start_command
+from tests.system import running_system
+from tests.web.browser import FLAGS, visiting
+
+DEMO = "chatglm2-demo"
+ENDLESS = "endless"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, without a window."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert path, "these tests need Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def endless_model(tmp_path_factory):
+    """A model whose answers go on until its context is full."""
+    folder = tmp_path_factory.mktemp("models") / ENDLESS
+    return write_checkpoint(folder, "chatglm2", config={"seq_length": 8192, "eos_token_id": 1})
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory, endless_model):
+    flags = ("--model-path", DEMO_MODEL, "--model-names", DEMO, "--model-path", endless_model, "--model-names", ENDLESS)
+    with running_system(
+        tmp_path_factory.mktemp("system"),
+        worker_module="multi_model_worker",
+        worker_flags=flags,
+        model_names=(DEMO, ENDLESS),
+        environment={"OMP_NUM_THREADS": "1"},
+    ) as system:
+        yield system
+
+
+@pytest.fixture(scope="session")
+def page_server(system):
+    """`python3 -m fastchat.serve.gradio_web_server` on that system."""
+    with start_command(
+        "gradio_web_server", "--port", "0", "--api-url", system.api_url, state_dir=system.state_dir
+    ) as process:
+        process.url  # noqa: B018 - it waits until the page is there
+        yield process
+        assert "Traceback" not in process.log
+
+
+@pytest.fixture
+def visit(browser, page_server):
+    """A new window on the page."""
+    with visiting(browser, page_server.url) as visit:
+        yield visit.open()
