@@ -17,6 +17,8 @@ from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastchat.models.quantized_linear import QuantizedLinear
+
 Untyped = Any
 """A module of transformers: its attributes are those of the family, which no type tells."""
 
@@ -138,19 +140,22 @@ class LeanMLP(nn.Module):
 
 
 def join_rows(parts: Sequence[Untyped]) -> nn.Module:
-    """One linear module whose rows are those of `parts`; their tensors are let go."""
+    """One linear module whose rows are those of `parts`; their tensors are let go.
+
+    Every parameter of a linear, quantized or not, has a row for each output, so joining changes no bit of a result.
+    """
     first = parts[0]
-    if not all(type(part) is nn.Linear for part in parts):
+    names = [name for name, _ in first.named_parameters()]
+    shapes = [[type(part), *(getattr(part, name).shape[1:] for name in names)] for part in parts]
+    if not isinstance(first, nn.Linear | QuantizedLinear) or any(shape != shapes[0] for shape in shapes):
         raise TypeError(f"cannot join {[type(part).__name__ for part in parts]}")
-    joined = nn.Linear(first.in_features, 1, bias=first.bias is not None, device="meta")
-    joined.out_features = sum(part.out_features for part in parts)
-    for name in ("weight", "bias"):
-        tensors = [getattr(part, name) for part in parts]
-        if tensors[0] is not None:
-            setattr(joined, name, nn.Parameter(torch.cat(tensors), requires_grad=False))
+    first.out_features = sum(part.out_features for part in parts)
+    for name in names:
+        joined = torch.cat([getattr(part, name) for part in parts])
         for part in parts:
             setattr(part, name, None)
-    return joined
+        setattr(first, name, nn.Parameter(joined, requires_grad=False))
+    return first
 
 
 def _sliding_window(attention: Untyped) -> int | None:

@@ -22,6 +22,7 @@ from fastchat.errors import CheckpointError, UnsupportedModelError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.precision import DTypeName, choose_dtype
 from fastchat.models.progress import show_progress
+from fastchat.models.quantized_linear import QuantizedLinear
 from fastchat.models.quantized_parts import SCALE_SUFFIX, QuantizedParts
 from fastchat.models.recognition import recognise
 from fastchat.models.stored_form import (
@@ -42,6 +43,7 @@ FLOAT_NAMES: Mapping[torch.dtype, FloatName] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+LINEAR_CLASSES = (nn.Linear, QuantizedLinear)
 MIN_TORCH_FOR_BIN = (2, 10)
 """Before this release the `weights_only` reader could be made to corrupt memory (CVE-2026-24747)."""
 
@@ -317,6 +319,12 @@ class _Filler:
             raise CheckpointError(
                 f"{self._checkpoint.path}: the weights lack {incomplete} of a quantized weight (or it is not "
                 "quantized); download the weight files again"
+            )
+        linears = {type(child) for child in self._module.get_decoder().modules() if isinstance(child, LINEAR_CLASSES)}
+        if len(linears) > 1:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: some of its weights are quantized and others are not, or not in the same "
+                f"way, which does not run here; {REMEDY}"
             )
         declared = stored_quantization(self._checkpoint.config)
         if declared is not None and self._quantized.held_as is None:
