@@ -48,11 +48,12 @@ class KVCacheTensors:
     ) -> None:
         self.block_size = block_size
         shape = (num_layers, 2, num_kv_heads, num_blocks * block_size, head_dim)
-        self._tensors = _zeros(shape, dtype, device)
+        # Views are made once: every layer of every step asks for its own.
+        self._layers = [(layer[0], layer[1]) for layer in _zeros(shape, dtype, device)]
 
     def layer(self, layer_index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each (num_kv_heads, num_slots, head_dim)."""
-        return self._tensors[layer_index, 0], self._tensors[layer_index, 1]
+        return self._layers[layer_index]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

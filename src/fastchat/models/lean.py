@@ -1,9 +1,11 @@
 """Lean layers: a family's decoder layers with the same maths in a fraction of the operations.
 
 transformers writes its layers to be read; a step of one token spends more time between its small operations than in
-them. `make_lean` swaps each decoder layer for one whose projections are fused (query, key and value; gate and up) and
-whose normalisation, rotation and activation are one operation each. The parameters are the same tensors, joined; the
-model around the layers stays transformers' own, and so does the attention function that it was given.
+them. `make_lean` swaps each decoder layer for one whose projections are joined (query, key and value; gate and up) and
+whose normalisation, rotation and activation are one call each. The parameters are the same tensors, joined; the model
+around the layers stays transformers' own, and so does the attention function that it was given.
+
+A packed batch is one row of T tokens for transformers, (1, T, S); inside a layer it is (T, S).
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastchat.models.quantized_linear import QuantizedLinear
+from fastchat.models.quantized_linear import Int4Linear, Int8Linear
+from fastchat.native.layers import add_rms_norm, rms_norm, rotate, silu_and_multiply
+from fastchat.native.products import multiply
 
 Untyped = Any
 """A module of transformers: its attributes are those of the family, which no type tells."""
@@ -34,47 +37,68 @@ def make_lean(model: PreTrainedModel) -> None:
     kind = type(decoder).__name__
     if kind not in LEAN_CLASSES or model.config.hidden_act != "silu":
         return
-    decoder.norm = LeanNorm(decoder.norm)
-    is_interleaved = kind in INTERLEAVED_CLASSES
     for index, layer in enumerate(decoder.layers):
-        decoder.layers[index] = LeanLayer(layer, index, is_interleaved=is_interleaved)
+        decoder.layers[index] = LeanLayer(layer, index, is_interleaved=kind in INTERLEAVED_CLASSES)
+    decoder.rotary_emb = LeanRotary(decoder.rotary_emb)
+    model.set_output_embeddings(join_rows([model.get_output_embeddings()]))
 
 
-class LeanNorm(nn.Module):
-    """RMSNorm as one operation."""
+class LeanLinear(nn.Linear):
+    """A linear module of plain numbers, whose product reads the one copy of its weight at any number of rows."""
 
-    def __init__(self, norm: Untyped) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__(1, 1, bias=False, device="meta")
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(T, K) -> (T, N)."""
+        return multiply(rows, self.weight, self.bias)
+
+
+class LeanRotary(nn.Module):
+    """The angles of a step's tokens, once for all layers."""
+
+    def __init__(self, rotary: Untyped) -> None:
         super().__init__()
-        self.weight = norm.weight
-        self.eps: float = norm.variance_epsilon
+        self.rotary = rotary
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., hidden_size) -> the same."""
-        return rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each (T, R / 2); transformers' own repeat them to (1, T, R)."""
+        cosines, sines = self.rotary(hidden_states, position_ids)
+        half = cosines.shape[-1] // 2
+        return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()
 
 
 class LeanLayer(nn.Module):
-    """Attention and MLP with their residuals, over a packed batch of T tokens."""
+    """Attention and MLP with their residuals."""
 
     def __init__(self, layer: Untyped, index: int, *, is_interleaved: bool) -> None:
         super().__init__()
-        self.input_layernorm = LeanNorm(layer.input_layernorm)
         self.self_attn = LeanAttention(layer.self_attn, index, is_interleaved=is_interleaved)
-        self.post_attention_layernorm = LeanNorm(layer.post_attention_layernorm)
-        self.mlp = LeanMLP(layer.mlp)
+        mlp = layer.mlp
+        is_joined = hasattr(mlp, "gate_up_proj")
+        self.gate_up_proj = join_rows([mlp.gate_up_proj] if is_joined else [mlp.gate_proj, mlp.up_proj])
+        self.down_proj = join_rows([mlp.down_proj])
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: None = None,
         **options: Any,  # what the model passes through to attention
     ) -> Tensor:
-        """(1, T, hidden_size) -> the same."""
-        hidden_states = hidden_states + self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, options
-        )
-        mlp_output: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + mlp_output
+        """(1, T, S), which is changed in place -> the same."""
+        assert attention_mask is None, "the attention of a packed batch makes its own masks"
+        residual = hidden_states[0]
+        attended = self.self_attn(_norm(residual, self.input_layernorm), position_embeddings, options)
+        post = self.post_attention_layernorm
+        normed = add_rms_norm(attended, residual, post.weight, post.variance_epsilon)
+        residual += self.down_proj(silu_and_multiply(self.gate_up_proj(normed)))
+        return hidden_states
 
 
 class LeanAttention(nn.Module):
@@ -88,74 +112,69 @@ class LeanAttention(nn.Module):
         self.scaling: float = attention.scaling
         self.sliding_window = _sliding_window(attention)
         self.num_heads: int = attention.config.num_attention_heads
-        self.num_kv_heads: int = attention.config.num_key_value_heads
-        self.q_norm = LeanNorm(attention.q_norm) if hasattr(attention, "q_norm") else None
-        self.k_norm = LeanNorm(attention.k_norm) if hasattr(attention, "k_norm") else None
-        self.qkv_proj = join_rows((attention.q_proj, attention.k_proj, attention.v_proj))
-        self.o_proj = attention.o_proj
-        self._rotate = _rotate_interleaved if is_interleaved else _rotate_halves
+        self.num_rotated = self.num_heads + attention.config.num_key_value_heads
+        self.q_norm = getattr(attention, "q_norm", None)
+        self.k_norm = getattr(attention, "k_norm", None)
+        self.qkv_proj = join_rows([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o_proj = join_rows([attention.o_proj])
+        self._is_interleaved = is_interleaved
 
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], options: dict[str, Any]
-    ) -> Tensor:
-        """(1, T, hidden_size) -> the same."""
-        num_rotated = self.num_heads + self.num_kv_heads
-        heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (1, T, H + 2K, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = heads[:, :, : self.num_heads], heads[:, :, self.num_heads : num_rotated]
-            rotated = torch.cat((self.q_norm(query), self.k_norm(key)), dim=2)
-        else:
-            rotated = heads[:, :, :num_rotated]
-        rotated = self._rotate(rotated, *position_embeddings).transpose(1, 2)  # (1, H + K, T, D)
+    def forward(self, rows: Tensor, angles: tuple[Tensor, Tensor], options: dict[str, Any]) -> Tensor:
+        """(T, S) -> (T, S)."""
+        heads = self.qkv_proj(rows).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, D)
+        if self.q_norm is not None:
+            for part, norm in (
+                (heads[:, : self.num_heads], self.q_norm),
+                (heads[:, self.num_heads : self.num_rotated], self.k_norm),
+            ):
+                part.copy_(_norm(part.reshape(-1, self.head_dim), norm).view(part.shape))
+        rotate(heads[:, : self.num_rotated], *angles, is_interleaved=self._is_interleaved)
+        by_head = heads.transpose(0, 1).unsqueeze(0)  # (1, H + 2K, T, D)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]  # noqa: SLF001 - where transformers keeps it
-        options = {name: value for name, value in options.items() if name != "attention_mask"}
         attended, _ = attend(
             self,
-            rotated[:, : self.num_heads],
-            rotated[:, self.num_heads :],
-            heads[:, :, num_rotated:].transpose(1, 2),
+            by_head[:, : self.num_heads],
+            by_head[:, self.num_heads : self.num_rotated],
+            by_head[:, self.num_rotated :],
             None,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **options,
         )  # (1, T, H, D)
-        output: Tensor = self.o_proj(attended.flatten(2))
+        output: Tensor = self.o_proj(attended[0].flatten(1))
         return output
 
 
-class LeanMLP(nn.Module):
-    """The gated MLP with one product for gate and up."""
-
-    def __init__(self, mlp: Untyped) -> None:
-        super().__init__()
-        is_joined = hasattr(mlp, "gate_up_proj")
-        self.gate_up_proj = mlp.gate_up_proj if is_joined else join_rows((mlp.gate_proj, mlp.up_proj))
-        self.down_proj = mlp.down_proj
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(1, T, hidden_size) -> the same."""
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        output: Tensor = self.down_proj(silu(gate) * up)
-        return output
+_TENSORS_OF_ROWS: dict[type, tuple[str, ...]] = {
+    nn.Linear: ("weight", "bias"),
+    Int8Linear: ("weight", "scales", "bias"),
+    Int4Linear: ("packed", "scales", "bias"),
+}
+"""What a linear module holds for each of its rows, in the order of its constructor."""
 
 
-def join_rows(parts: Sequence[Untyped]) -> nn.Module:
-    """One linear module whose rows are those of `parts`; their tensors are let go.
-
-    Every parameter of a linear, quantized or not, has a row for each output, so joining changes no bit of a result.
-    """
-    first = parts[0]
-    names = [name for name, _ in first.named_parameters()]
-    shapes = [[type(part), *(getattr(part, name).shape[1:] for name in names)] for part in parts]
-    if not isinstance(first, nn.Linear | QuantizedLinear) or any(shape != shapes[0] for shape in shapes):
-        raise TypeError(f"cannot join {[type(part).__name__ for part in parts]}")
-    first.out_features = sum(part.out_features for part in parts)
-    for name in names:
-        joined = torch.cat([getattr(part, name) for part in parts])
-        for part in parts:
+def join_rows(parts: Sequence[Untyped]) -> Untyped:
+    """One linear module whose rows are those of `parts`, which are of one kind; their tensors are let go."""
+    kind = type(parts[0])
+    assert all(type(part) is kind for part in parts), [type(part).__name__ for part in parts]
+    tensors: list[Untyped] = [_joined([getattr(part, name) for part in parts]) for name in _TENSORS_OF_ROWS[kind]]
+    for part in parts:
+        for name in _TENSORS_OF_ROWS[kind]:
             setattr(part, name, None)
-        setattr(first, name, nn.Parameter(joined, requires_grad=False))
-    return first
+    if kind is Int4Linear:
+        return Int4Linear(*tensors, in_features=parts[0].in_features)
+    return LeanLinear(*tensors) if kind is nn.Linear else kind(*tensors)
+
+
+def _joined(tensors: Sequence[nn.Parameter | None]) -> nn.Parameter | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) < 2:
+        return present[0] if present else None
+    return nn.Parameter(torch.cat([*present]), requires_grad=False)
+
+
+def _norm(rows: Tensor, norm: Untyped) -> Tensor:
+    return rms_norm(rows, norm.weight, norm.variance_epsilon)
 
 
 def _sliding_window(attention: Untyped) -> int | None:
@@ -163,22 +182,3 @@ def _sliding_window(attention: Untyped) -> int | None:
     owner = attention if hasattr(attention, "sliding_window") else attention.config
     window: int | None = getattr(owner, "sliding_window", None)
     return window
-
-
-def _rotate_interleaved(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the pairs (2i, 2i + 1). (1, T, heads, D) with cos, sin (1, T, R), R <= D."""
-    half = cos.shape[-1] // 2
-    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
-    pairs = heads[..., : 2 * half].reshape(*heads.shape[:-1], half, 2)
-    first, second = pairs[..., 0], pairs[..., 1]
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, heads[..., 2 * half :]), dim=-1)
-
-
-def _rotate_halves(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the pairs (i, i + R/2). (1, T, heads, D) with cos, sin (1, T, R), R <= D."""
-    width = cos.shape[-1]
-    rotated = heads[..., :width]
-    first, second = rotated.chunk(2, dim=-1)
-    turned = rotated * cos.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(2)
-    return turned if width == heads.shape[-1] else torch.cat((turned, heads[..., width:]), dim=-1)
