@@ -5,7 +5,8 @@ import asyncio
 import openai
 import pytest
 
-from fastchat.engine.engine import Engine, EngineConfig
+from fastchat.engine.engine import Engine
+from fastchat.engine.engine_config import EngineConfig
 from fastchat.engine.events import SequenceRequest
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.checkpoint import Checkpoint

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from fastchat.engine.engine import Engine, EngineConfig
+from fastchat.engine.engine import Engine
+from fastchat.engine.engine_config import EngineConfig
 from fastchat.engine.events import SequenceEvent, SequenceRequest
 from tests.engine.tiny_models import make_model
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fastchat
-from fastchat.engine.engine import Engine, EngineConfig
+from fastchat.engine.engine import Engine
+from fastchat.engine.engine_config import EngineConfig
 from fastchat.engine.events import FinishReason, SequenceEvent, SequenceRequest
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.chat_template import load_chat_format

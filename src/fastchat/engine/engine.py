@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastchat.engine.client import EngineLimits
+from fastchat.engine.engine_config import EngineConfig, default_block_size, max_useful_blocks
 from fastchat.engine.events import EngineStats, FinishReason, SequenceEvent, SequenceRequest, TokenLogprobs
 from fastchat.engine.kv_cache import BlockPool
 from fastchat.engine.model_runner import KVShape, ModelRunner, StepOutput
@@ -25,33 +26,11 @@ from fastchat.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Sizes of one engine.
-
-    `max_context` is the longest sequence in tokens, prompt and answer together; it shrinks to what `kv_cache_bytes`
-    can hold. `block_size` None chooses by device: CPU reads long runs, so its blocks are large. `max_batch_tokens` is
-    the token budget of a step: larger computes prompts faster, smaller lets answers flow more evenly.
-    """
-
-    max_context: int
-    kv_cache_bytes: int
-    block_size: int | None = None
-    max_batch_tokens: int = 512
-    max_running: int = 256
-    prefix_caching: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("max_context", "kv_cache_bytes", "max_batch_tokens", "max_running"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-
 class Engine:
     """Runs many sequences over one model. Not thread-safe."""
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
-        block_size = config.block_size or (16 if model.device.type == "cuda" else 128)
+        block_size = config.block_size or default_block_size(model.device.type)
         num_blocks = _num_blocks(model, config, block_size)
         self._runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size, on_layer=self._note_layer)
         self._sampler = Sampler(self._runner.vocab_size)
@@ -155,9 +134,26 @@ class Engine:
         output = self._runner.run(batch)
         return _Computed(
             output,
-            prompt_logprobs=[_describe_prompt(item, logits) for item, logits in output.prompt_logits],
-            sampled=[] if output.logits is None else self._sampler.sample(output.sampling, output.logits),
+            prompt_logprobs=[self._describe_prompt(item, hidden) for item, hidden in output.prompt_hidden],
+            sampled=[] if output.last_hidden is None else self._sample(output.sampling, output.last_hidden),
         )
+
+    def _sample(self, sequences: list[Sequence], hidden_states: Tensor) -> list[SampledToken]:
+        sampled: list[SampledToken] = []
+        for rows, logits in self._runner.logits(hidden_states):
+            sampled += self._sampler.sample(sequences[rows], logits)
+        return sampled
+
+    def _describe_prompt(self, item: ScheduledSequence, hidden_states: Tensor) -> list[TokenLogprobs]:
+        """Row i of `hidden_states` predicts the token after place item.start + i."""
+        sequence = item.sequence
+        num_top = sequence.sampling.prompt_logprobs
+        assert num_top is not None
+        predicted = sequence.token_ids[item.start + 1 : min(item.end + 1, sequence.num_prompt_tokens)]
+        entries: list[TokenLogprobs] = []
+        for rows, logits in self._runner.logits(hidden_states[: len(predicted)]):
+            entries += describe_tokens(logits, predicted[rows], num_top)
+        return entries
 
     def _step_one_by_one(self, batch: ScheduledBatch) -> list[SequenceEvent]:
         """The failed step again, each sequence alone: only those that fail alone too are to blame and end."""
@@ -181,7 +177,7 @@ class Engine:
         self._counts.steps += 1
         chosen = list(zip(computed.output.sampling, computed.sampled, strict=True))
         failed = [sequence for sequence, token in chosen if token.token_id is None]
-        for (item, _), entries in zip(computed.output.prompt_logits, computed.prompt_logprobs, strict=True):
+        for (item, _), entries in zip(computed.output.prompt_hidden, computed.prompt_logprobs, strict=True):
             _note_prompt_logprobs(item, entries)
         for item in batch.scheduled:
             if item.start == item.sequence.num_cached_tokens and item.sequence.num_preemptions == 0:
@@ -261,7 +257,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """One step's results: `prompt_logprobs` beside `output.prompt_logits`, `sampled` beside `output.sampling`."""
+    """One step's results: `prompt_logprobs` beside `output.prompt_hidden`, `sampled` beside `output.sampling`."""
 
     output: StepOutput
     prompt_logprobs: list[list[TokenLogprobs]]
@@ -288,16 +284,7 @@ def _num_blocks(model: PreTrainedModel, config: EngineConfig, block_size: int) -
             f"the KV cache of {config.kv_cache_bytes} bytes holds no block of {block_size} tokens "
             f"({bytes_per_block} bytes); give it more memory"
         )
-    return min(num_blocks, config.max_running * -(-config.max_context // block_size))
-
-
-def _describe_prompt(item: ScheduledSequence, logits: Tensor) -> list[TokenLogprobs]:
-    """Row i of `logits` predicts the token after place item.start + i."""
-    sequence = item.sequence
-    num_top = sequence.sampling.prompt_logprobs
-    assert num_top is not None
-    predicted = sequence.token_ids[item.start + 1 : min(item.end + 1, sequence.num_prompt_tokens)]
-    return describe_tokens(logits[: len(predicted)], predicted, num_top) if predicted else []
+    return min(num_blocks, max_useful_blocks(config.max_context, config.max_running, block_size))
 
 
 def _note_prompt_logprobs(item: ScheduledSequence, entries: list[TokenLogprobs]) -> None:

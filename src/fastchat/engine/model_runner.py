@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from fastchat.engine.attention import (
     decoding_sequences,
     paged_attention,
 )
+from fastchat.engine.engine_config import max_logits_rows
 from fastchat.engine.scheduler import ScheduledBatch, ScheduledSequence
 from fastchat.engine.sequence import Sequence
 from fastchat.native import attention as native_attention
@@ -28,14 +29,14 @@ from fastchat.native import attention as native_attention
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a forward pass gave. Logits are float32 and unscaled."""
+    """What a forward pass gave. Hidden states are those that `ModelRunner.logits` takes."""
 
     sampling: list[Sequence] = field(default_factory=list)
-    """The sequences whose next token can be sampled, in the order of `logits`' rows."""
-    logits: Tensor | None = None
-    """# (len(sampling), vocab_size)"""
-    prompt_logits: list[tuple[ScheduledSequence, Tensor]] = field(default_factory=list)
-    """For sequences that want them: a row for each place of the chunk. # (num_tokens, vocab_size)"""
+    """The sequences whose next token can be sampled, in the order of `last_hidden`'s rows."""
+    last_hidden: Tensor | None = None
+    """# (len(sampling), hidden_size)"""
+    prompt_hidden: list[tuple[ScheduledSequence, Tensor]] = field(default_factory=list)
+    """For sequences that want their logits: a row for each place of the chunk. # (num_tokens, hidden_size)"""
     hidden_sums: list[tuple[Sequence, Tensor]] = field(default_factory=list)
     """For embeddings: the chunk's final hidden states added up, in float32. # (hidden_size,)"""
 
@@ -55,6 +56,7 @@ class ModelRunner:
         self._output_head = model.get_output_embeddings()
         self._on_layer = on_layer
         self._kernel = _kernel_for(self.device, model.dtype)
+        self._max_logits_rows = max_logits_rows(self.device.type)
         shape = KVShape.of(model)
         self._cache = KVCacheTensors(
             num_layers=shape.num_layers,
@@ -96,10 +98,10 @@ class ModelRunner:
         return self._collect(batch, spans, hidden_states)
 
     def _collect(self, batch: ScheduledBatch, spans: list[SequenceSpan], hidden_states: Tensor) -> StepOutput:
-        """Logits only of the rows that somebody needs."""
+        """Only the rows that somebody needs."""
         sampling: list[Sequence] = []
         last_rows: list[int] = []
-        prompt_logits: list[tuple[ScheduledSequence, Tensor]] = []
+        prompt_hidden: list[tuple[ScheduledSequence, Tensor]] = []
         hidden_sums: list[tuple[Sequence, Tensor]] = []
         for item, span in zip(batch.scheduled, spans, strict=True):
             rows = slice(span.query_start, span.query_start + span.num_queries)
@@ -107,16 +109,20 @@ class ModelRunner:
                 hidden_sums.append((item.sequence, hidden_states[rows].float().sum(dim=0)))
                 continue
             if item.sequence.wants_prompt_logprobs:
-                prompt_logits.append((item, self._logits(hidden_states[rows])))
+                prompt_hidden.append((item, hidden_states[rows]))
             if item.is_last_chunk:
                 sampling.append(item.sequence)
                 last_rows.append(rows.stop - 1)
-        logits = self._logits(hidden_states[last_rows]) if last_rows else None
-        return StepOutput(sampling, logits, prompt_logits, hidden_sums)
+        last_hidden = hidden_states[last_rows] if last_rows else None
+        return StepOutput(sampling, last_hidden, prompt_hidden, hidden_sums)
 
-    def _logits(self, hidden_states: Tensor) -> Tensor:
-        logits: Tensor = self._output_head(hidden_states)
-        return logits.float()
+    @torch.inference_mode()
+    def logits(self, hidden_states: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Float32 logits of (num_rows, hidden_size), a few rows at a time: which rows, # (those, vocab_size)."""
+        for start in range(0, len(hidden_states), self._max_logits_rows):
+            rows = slice(start, start + self._max_logits_rows)
+            logits: Tensor = self._output_head(hidden_states[rows])
+            yield rows, logits.float()
 
     def _span(self, item: ScheduledSequence, query_start: int) -> SequenceSpan:
         block_size = self._cache.block_size

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastchat.engine.engine_config import max_sampled_rows
 from fastchat.engine.events import TokenLogprobs
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.engine.sequence import Sequence
@@ -47,6 +48,16 @@ class Sampler:
     @torch.inference_mode()
     def sample(self, sequences: Rows[Sequence], logits: Tensor) -> list[SampledToken]:
         """One token for each sequence; logits float32 (len(sequences), vocab_size), which are left unchanged."""
+        num_rows = max_sampled_rows(logits.device.type)
+        starts = range(0, len(sequences), num_rows)
+        parts = (self._sample(sequences[at : at + num_rows], logits[at : at + num_rows]) for at in starts)
+        return [token for part in parts for token in part]
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept of a sequence that ended."""
+        self._token_counts.pop(sequence.sequence_id, None)
+
+    def _sample(self, sequences: Rows[Sequence], logits: Tensor) -> list[SampledToken]:
         if logits.device.type == "mps":  # which lacks the float64 that sums over a vocabulary need
             logits = logits.cpu()
         is_sound = torch.isfinite(logits.amax(dim=-1)).tolist()
@@ -62,10 +73,6 @@ class Sampler:
             if sequence.sequence_id in self._token_counts:
                 self._token_counts[sequence.sequence_id].output[token_id] += 1
         return sampled
-
-    def forget(self, sequence: Sequence) -> None:
-        """Drop what is kept of a sequence that ended."""
-        self._token_counts.pop(sequence.sequence_id, None)
 
     def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
         if not sequences:
