@@ -84,6 +84,34 @@ def write_checkpoint(
     return folder
 
 
+def write_hollow_checkpoint(
+    folder: Path, family: FamilyName, *, dtype: torch.dtype, config: Mapping[str, Any] | None = None
+) -> Path:
+    """A checkpoint of any size whose weights are zeros that take no space on disk: true headers, nothing behind them.
+
+    It loads, and answers with the token 0.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    is_chatglm = family in ("chatglm2", "chatglm3")
+    raw = {**(_chatglm_config(family, dtype) if is_chatglm else _native_config(family, dtype)), **(config or {})}
+    if is_chatglm:
+        _write_chatglm_tokenizer(folder, family)
+    else:
+        _write_byte_level_tokenizer(folder, CHATML_TEMPLATE)
+    _write_json(folder / "config.json", raw)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in (_chatglm_shapes(raw) if is_chatglm else _native_shapes(raw)).items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
 def write_weights(
     folder: Path, tensors: Mapping[str, torch.Tensor], num_shards: int, layout: Literal["bin", "safetensors"]
 ) -> None:
@@ -139,7 +167,7 @@ def _chatglm_config(family: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _chatglm_tensors(config: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
+def _chatglm_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The original names and shapes; `query_key_value` holds the rows of q, k and v."""
     hidden, inner = config["hidden_size"], config["ffn_hidden_size"]
     head, heads, groups = config["kv_channels"], config["num_attention_heads"], config["multi_query_group_num"]
@@ -158,7 +186,12 @@ def _chatglm_tensors(config: Mapping[str, Any], seed: int) -> dict[str, torch.Te
         }
     shapes["transformer.encoder.final_layernorm.weight"] = (hidden,)
     shapes["transformer.output_layer.weight"] = (vocab, hidden)
-    tensors = _random_tensors(shapes, seed)
+    return shapes
+
+
+def _chatglm_tensors(config: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    head = config["kv_channels"]
+    tensors = _random_tensors(_chatglm_shapes(config), seed)
     frequencies = 1.0 / (10000 ** (torch.arange(0, head // 2, 2).float() / (head // 2)))
     return {**tensors, "transformer.rotary_pos_emb.inv_freq": frequencies}
 
@@ -194,7 +227,7 @@ def _native_config(family: str, dtype: torch.dtype) -> dict[str, Any]:
     return config
 
 
-def _native_tensors(config: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
+def _native_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes from transformers' own class, which is built without memory."""
     prefix = str(config["model_type"]).capitalize()
     built = getattr(transformers, f"{prefix}Config").from_dict(dict(config))
@@ -203,8 +236,13 @@ def _native_tensors(config: Mapping[str, Any], seed: int) -> dict[str, torch.Ten
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     if built.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def _native_tensors(config: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
     # A tied embedding of unit scale would make every position predict its own token again.
-    return _random_tensors(shapes, seed, embedding_scale=0.1 if built.tie_word_embeddings else 1.0)
+    scale = 0.1 if config["tie_word_embeddings"] else 1.0
+    return _random_tensors(_native_shapes(config), seed, embedding_scale=scale)
 
 
 def _random_tensors(

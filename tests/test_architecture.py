@@ -90,7 +90,18 @@ def loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["controller", "openai_api_server", "chat", "compare", "cli", "models_command", "votes_command"]
+    "name",
+    [
+        "controller",
+        "openai_api_server",
+        "chat",
+        "compare",
+        "cli",
+        "models_command",
+        "votes_command",
+        "plan_command",
+        "launch",
+    ],
 )
 def test_processes_that_compute_nothing_never_load_torch(name):
     """The control plane and the API server stay small and start fast."""
@@ -114,7 +125,9 @@ def test_the_page_computes_nothing():
         "engine.scheduler",
         "engine.kv_cache",
         "engine.client",
+        "engine.engine_config",
         "engine.process_client",
+        "worker.memory_remedy",
         "api.protocol",
     ],
 )

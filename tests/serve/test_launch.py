@@ -292,7 +292,7 @@ def test_two_models_of_one_name_are_refused(folders, tmp_path):
         assert serving.log == f"error: Two models are named {NAMES[0]!r}; give each its own with --model-names."
 
 
-FOLDER = ServedFolder(path=DEMO_MODEL, names=("a", "b"), conv_template=None, num_weight_bytes=10)
+FOLDER = ServedFolder(path=DEMO_MODEL, names=("a", "b"), conv_template=None, memory_flags=("--max-gpu-memory=123",))
 FLAGS = [
     *("--device", "cpu", "--dtype", "float32", "--max-gpu-memory", "13GiB", "--kv-cache-memory", "1GiB"),
     *("--max-context", "2048", "--max-batch-tokens", "64", "--engine-process", "thread", "--limit-worker", "5"),
@@ -302,10 +302,10 @@ FLAGS = [
 ]
 
 
-def command_of(name, arguments, later=()):
+def command_of(name, arguments):
     specs = process_specs(arguments, (FOLDER, FOLDER), Ports(api=1, controller=2, workers=(3, 4)))
     (spec, *_) = [spec for spec in specs if spec.name.startswith(name)]
-    return spec.command(later)[3:]
+    return spec.command()[3:]
 
 
 def environment_of(name, arguments):
@@ -316,16 +316,14 @@ def environment_of(name, arguments):
 def test_worker_s_flags_are_handed_on():
     """Whatever is said to `fastchat serve` reaches the worker as if it had been said to it."""
     arguments = create_serve_parser().parse_args(["--model-path", "x", *FLAGS])
-    workers = [spec for spec in process_specs(arguments, (FOLDER, FOLDER), Ports(1, 2, (3, 4))) if spec.is_worker]
-    there = create_model_worker_parser().parse_args(command_of("worker", arguments, later=workers[1:]))
+    there = create_model_worker_parser().parse_args(command_of("worker", arguments))
     listeners = Listeners("localhost", 3, ())
     environment = read_environment({"FASTCHAT_CLUSTER_TOKEN": "t" * 32})
     config = worker_config(there, environment, listeners, (FOLDER,))
     engine = config.engine
     assert (engine.device, engine.dtype, engine.engine_place) == ("cpu", "float32", "thread")
-    assert (engine.max_device_bytes, engine.kv_cache_bytes) == (13 * 2**30, 2**30)
+    assert (engine.max_device_bytes, engine.kv_cache_bytes) == (123, 2**30)  # its share of the 13 GiB
     assert (engine.max_context, engine.max_batch_tokens, engine.max_running) == (2048, 64, 5)
-    assert (engine.num_later_models, engine.num_later_weight_bytes) == (1, 10)
     assert (config.stream_interval, config.default_seed, config.truncates_embedding_input) == (2, -7, True)
     assert (there.host, there.port, there.controller_address) == ("localhost", 3, "http://127.0.0.1:2")
     assert (there.model_names, there.debug) == (("a", "b"), "true")

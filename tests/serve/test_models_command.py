@@ -24,13 +24,13 @@ def test_counts_are_those_of_the_loaded_model(tmp_path, family, layout):
     folder = write_checkpoint(tmp_path / family, family, layout=layout, dtype=torch.bfloat16, num_shards=2)
     inspection = inspect_checkpoint(Checkpoint.open(folder))
     model = load_model(Checkpoint.open(folder), dtype="float32", on_progress=lambda *_: None)
-    assert inspection.weights.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert inspection.weights.dtypes == ("bfloat16",)
-    assert inspection.weights.num_shards == 2
+    assert inspection.footprint.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert inspection.footprint.dtypes == ("bfloat16",)
+    assert inspection.footprint.num_shards == 2
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size
-    assert inspection.cache_bytes("float16", 10) == values * 2 * 10
+    assert inspection.footprint.cache_bytes("float16", 10) == values * 2 * 10
 
 
 def test_json_has_what_a_program_asks(model_folder, capsys):

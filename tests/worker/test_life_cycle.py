@@ -1,5 +1,6 @@
 """A worker's life: loading, registering, final records, draining, hanging, and an engine in its own process."""
 
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -101,8 +102,8 @@ def test_engine_in_a_process_answers_like_one_in_a_thread(thread, checkpoints, w
 def test_a_model_that_cannot_be_loaded_ends_the_worker_in_one_line(checkpoints, tmp_path):
     """The second of two: the first is given up again, and the last line says which file and what to do."""
     broken = write_checkpoint(tmp_path / "broken", "qwen2", num_shards=1)
-    file = broken / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 95}))
     paths = [flag for folder in (checkpoints["qwen"], broken) for flag in ("--model-path", str(folder))]
     ended = run_command("multi_model_worker", *paths, "--port", "0", "--no-register", state_dir=tmp_path / "state")
     assert ended.returncode == 2
@@ -110,7 +111,20 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_in_one_line(checkpoints, 
     assert "Traceback" not in ended.stderr
     last = ended.stderr.splitlines()[-1]
     assert last.startswith("error: ")
-    assert f"{file}: truncated" in last
+    assert f"{broken}/model.safetensors: " in last
+    assert "config and weights are of different models" in last
+
+
+def test_a_damaged_file_ends_the_worker_before_any_model_is_loaded(checkpoints, tmp_path):
+    """All headers are read first: the memory of all models is planned before a weight is read."""
+    broken = write_checkpoint(tmp_path / "broken", "qwen2", num_shards=1)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    paths = [flag for folder in (checkpoints["qwen"], broken) for flag in ("--model-path", str(folder))]
+    ended = run_command("multi_model_worker", *paths, "--port", "0", "--no-register", state_dir=tmp_path / "state")
+    assert ended.returncode == 2
+    assert "model loaded" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"error: {file}: truncated")
 
 
 def test_seed_truncation_and_deadline(thread, checkpoints):

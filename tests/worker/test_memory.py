@@ -1,15 +1,11 @@
-"""How a worker divides memory: between its models, and with what else is there."""
+"""How much memory there is, and how much a process holds."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
-from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
-from fastchat.worker.host_memory import available_bytes
-from fastchat.worker.loaded_model import open_models
+from fastchat.worker.host_memory import anonymous_bytes, available_bytes
 
-BYTES_PER_TOKEN = 2 * 2 * 2 * 12 * 4
 MEMINFO = "MemTotal:       100 kB\nMemFree:          10 kB\nMemAvailable:   {} kB\n"
 
 
@@ -49,18 +45,8 @@ def test_a_containers_limit_counts(tmp_path: Path, folder: str, limit: str, usag
     assert available_bytes(tmp_path) == 0
 
 
-def test_caches_of_all_models_together_leave_room(checkpoints):
-    """On a CPU a cache takes memory only as it fills: each model's share is of what all of them will take."""
-    models = tuple(ModelSpec(checkpoints["qwen"], (str(number),)) for number in range(4))
-    spec = EngineSpec(device="cpu", dtype="float32", max_running=10**6)
-
-    async def total_cache_bytes():
-        opened = open_models(WorkerConfig(models, "http://127.0.0.1:1", "token", engine=spec))
-        for model in opened:
-            await model.engine.start()
-        limits = [model.engine.limits for model in opened]
-        for model in opened:
-            await model.engine.close()
-        return sum(each.num_blocks * each.block_size * BYTES_PER_TOKEN for each in limits)
-
-    assert asyncio.run(total_cache_bytes()) <= min(0.5 * available_bytes(), 4 * 2**30)
+def test_anonymous_memory_is_what_no_file_backs(tmp_path: Path):
+    """As the system counts it; nothing where it does not tell."""
+    write(tmp_path, "proc/self/status", "VmRSS:\t 900 kB\nRssAnon:\t     700 kB\nRssFile:\t 200 kB\n")
+    assert anonymous_bytes(root=tmp_path) == 700 * 1024
+    assert anonymous_bytes("1", root=tmp_path) == 0

@@ -1,4 +1,4 @@
-"""Which number type the weights are held in. Called by `weights.py`."""
+"""Which number type the weights are held in. Torch-free: a plan made before loading asks too."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from fastchat.errors import ConfigError
+from fastchat.models.stored_form import FLOAT_BYTES, FloatName
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_FLOATS: Mapping[str, FloatName] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Names in /proc/cpuinfo of arithmetic on bfloat16: x86 vectors, x86 tiles, Arm."""
 
@@ -26,23 +21,28 @@ logger = logging.getLogger(__name__)
 
 
 def choose_dtype(
-    name: DTypeName, *, device: str, config: Mapping[str, Any], stored: torch.dtype
-) -> torch.dtype:  # Any: JSON as it is on disk
+    name: DTypeName, *, device: str, config: Mapping[str, Any], stored: str
+) -> FloatName:  # Any: JSON as it is on disk
     """`auto` is the checkpoint's own type on an accelerator, and what the processor computes fast on a CPU."""
-    is_cpu = torch.device(device).type == "cpu"
     if name != "auto":
-        if name not in DTYPES:
-            raise ConfigError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
-        if is_cpu and name == "float16":
-            faster = "bfloat16" if has_fast_bfloat16() else "float32"
-            logger.warning("float16 is slow on this processor faster=%s", faster)
-        return DTYPES[name]
-    if is_cpu:
-        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
-    declared = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    if declared in DTYPES:
-        return DTYPES[declared]
-    return stored if stored in DTYPES.values() else torch.float32
+        if name not in FLOAT_BYTES:
+            raise ConfigError(f"dtype {name!r} is not one of auto, {', '.join(FLOAT_BYTES)}")
+        return name
+    if device == "cpu":
+        return "bfloat16" if has_fast_bfloat16() else "float32"
+    declared = declared_dtype(config)
+    return next((_FLOATS[each] for each in (declared, stored) if each in _FLOATS), "float32")
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str:  # Any: JSON as it is on disk
+    """The type that config.json names, "" where it names none."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+
+
+def warn_if_slow(dtype: FloatName, device: str) -> None:
+    """Say so where the processor has to emulate the type."""
+    if device == "cpu" and dtype == "float16":
+        logger.warning("float16 is slow on this processor faster=%s", "bfloat16" if has_fast_bfloat16() else "float32")
 
 
 def has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

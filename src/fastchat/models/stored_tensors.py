@@ -1,11 +1,12 @@
-"""Names, types and sizes of the tensors in a file of weights, from its header alone. Torch-free; runs nothing.
+"""Names, types and shapes of the tensors in a file of weights, from its header alone. Torch-free; runs nothing.
 
 A safetensors file has a JSON header. A `.bin` file is a zip archive whose `data.pkl` is a program of pickle: its
 operations are listed (`pickletools.genops`), never executed. torch writes each tensor as
 
-    name, _rebuild_tensor_v2, ("storage", torch.HalfStorage, key, location, number of values), BINPERSID, offset, ...
+    name, _rebuild_tensor_v2, ("storage", torch.HalfStorage, key, location, number of values), BINPERSID, offset,
+    sizes of the shape, the end of a tuple, ...
 
-so the five values in front of BINPERSID say all that is asked here.
+so the five values in front of BINPERSID and those up to the next tuple say all that is asked here.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ _STORAGE_TYPES: Mapping[str, str] = {
     "torch BoolStorage": "bool",
 }
 _MAX_PROGRAM_BYTES = 64 * 2**20
+_TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"})
+_MAX_SIZE = 2**40
+"""Of one dimension; more is no size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,16 @@ class StoredTensor:
 
     name: str
     dtype: str
-    num_values: int
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not all(type(size) is int and 0 <= size <= _MAX_SIZE for size in self.shape):
+            raise ValueError(f"the shape of {self.name[:100]}")
+
+    @property
+    def num_values(self) -> int:
+        """The numbers in it."""
+        return math.prod(self.shape)
 
 
 def read_stored_tensors(file_format: Literal["safetensors", "bin"], file: Path) -> list[StoredTensor]:
@@ -73,7 +86,7 @@ def _read_safetensors(file: Path) -> Iterator[StoredTensor]:
     for name, entry in header.items():
         if name != "__metadata__":
             kind = str(entry["dtype"])
-            yield StoredTensor(name, _SAFETENSORS_TYPES.get(kind, kind), math.prod(entry["shape"]))
+            yield StoredTensor(name, _SAFETENSORS_TYPES.get(kind, kind), tuple(entry["shape"]))
 
 
 def _read_bin(file: Path) -> Iterator[StoredTensor]:
@@ -83,18 +96,22 @@ def _read_bin(file: Path) -> Iterator[StoredTensor]:
             raise ValueError("its list of tensors is too long")
         program = archive.read(member)
     seen: set[str] = set()
-    for values in _persistent_ids(program):
-        _, kind, key, _, num_values = values[-5:]
+    for values, shape in _storages(program):
+        _, kind, key, _, _ = values[-5:]
         name = next(value for value in reversed(values[:-5]) if isinstance(value, str) and " " not in value)
         if key not in seen:  # tied tensors share one storage
             seen.add(key)
-            yield StoredTensor(name, _STORAGE_TYPES.get(kind, str(kind)), int(num_values))
+            yield StoredTensor(name, _STORAGE_TYPES.get(kind, str(kind)), shape)
 
 
-def _persistent_ids(program: bytes) -> Iterator[list[Any]]:  # Any: constants of the program
-    """The constants that were pushed up to each BINPERSID, since the one before; classes as `module name`."""
+def _storages(program: bytes) -> Iterator[tuple[list[Any], tuple[int, ...]]]:  # Any: constants of the program
+    """For each BINPERSID the constants pushed before it, since the one before, and the shape that follows.
+
+    Classes are as `module name`.
+    """
     memo: dict[int, Any] = {}
     pushed: list[Any] = []
+    storage: list[Any] | None = None  # of a tensor whose shape is yet to come
     top: Any = None  # what a PUT would keep: a constant, or None for anything that is built
     for operation, argument, _ in pickletools.genops(program):
         name = operation.name
@@ -107,8 +124,10 @@ def _persistent_ids(program: bytes) -> Iterator[list[Any]]:  # Any: constants of
             top = " ".join(pushed[-2:])
             pushed[-2:] = [top]
         elif name == "BINPERSID":
-            yield pushed
-            pushed, top = [], None
+            storage, pushed, top = pushed, [], None
+        elif name in _TUPLES and storage is not None:
+            yield storage, tuple(pushed[1:])  # behind the offset
+            storage, pushed, top = None, [], None
         elif argument is not None:
             top = argument
             pushed.append(top)

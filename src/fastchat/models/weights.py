@@ -20,7 +20,7 @@ from torch import nn
 
 from fastchat.errors import CheckpointError, UnsupportedModelError
 from fastchat.models.checkpoint import Checkpoint
-from fastchat.models.precision import DTypeName, choose_dtype
+from fastchat.models.precision import DTypeName, choose_dtype, warn_if_slow
 from fastchat.models.progress import show_progress
 from fastchat.models.quantized_linear import QuantizedLinear
 from fastchat.models.quantized_parts import SCALE_SUFFIX, QuantizedParts
@@ -82,8 +82,10 @@ def load_model(
         names = reader.names()
         if not names:
             raise CheckpointError(f"{first.path}: holds no tensors; download it again")
-        stored_dtype = reader.read(names[0]).dtype
-    chosen = choose_dtype(dtype, device=device, config=checkpoint.config, stored=stored_dtype)
+        stored = str(reader.read(names[0]).dtype).removeprefix("torch.")
+    dtype_name = choose_dtype(dtype, device=device, config=checkpoint.config, stored=stored)
+    warn_if_slow(dtype_name, device)
+    chosen: torch.dtype = getattr(torch, dtype_name)
     module = build_empty_module(checkpoint)
     filler = _Filler(checkpoint, module, torch.device(device), chosen, quantization)
     filler.check_names(files)

@@ -10,8 +10,8 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import add_refused_flag, create_parser, flag_type, run_command
 from fastchat.serve.terminal_arguments import EPILOG, add_session_flags, create_screen, run_session
-from fastchat.serve.worker_arguments import add_engine_flags, model_path, obey_early_flags, quantization
-from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
+from fastchat.serve.worker_arguments import add_engine_flags, engine_spec, model_path, obey_early_flags
+from fastchat.worker.config import ModelSpec, WorkerConfig
 
 MAX_NEW_TOKENS = 512
 
@@ -60,16 +60,7 @@ def _worker_config(arguments: argparse.Namespace) -> WorkerConfig:
         models=(ModelSpec(Path(arguments.model_path), conv_template=arguments.conv_template),),
         address="",
         cluster_token="none",  # noqa: S106 - nothing listens
-        engine=EngineSpec(
-            device=arguments.device,
-            dtype=arguments.dtype,
-            quantization=quantization(arguments),
-            engine_place=arguments.engine_process,
-            max_context=arguments.max_context,
-            max_batch_tokens=arguments.max_batch_tokens,
-            kv_cache_bytes=arguments.kv_cache_memory,
-            max_device_bytes=arguments.max_gpu_memory,
-        ),
+        engine=engine_spec(arguments),
     )
 
 

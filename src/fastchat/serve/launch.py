@@ -1,8 +1,7 @@
 """`fastchat serve`: controller, API server, workers and the page in one go, kept running until Ctrl-C.
 
-One worker process for each model: when one dies the others answer on. A process costs about 0.3 GB of memory beside its
-model; what they share, free memory for the KV cache, is divided because workers load one after the other and each is
-told what is still to come.
+One worker process for each model: when one dies the others answer on. A process costs about 0.4 GB of memory beside its
+model. Memory is planned for all of them before anything is started, and each worker is told its share.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from fastchat.cluster.watcher import TableWatcher
 from fastchat.config import config_file, internal_url, parse_port, read_environment
 from fastchat.errors import ConfigError, UnavailableError
 from fastchat.models.checkpoint import Checkpoint
-from fastchat.models.weight_files import find_weight_files
 from fastchat.ops.key_store import STORE_FILE_NAME, has_keys
 from fastchat.ops.logs import configure_logging
 from fastchat.serve import controller, gradio_web_server, openai_api_server, worker_arguments
@@ -46,6 +44,7 @@ from fastchat.supervisor.front_door import wait_until_ready
 from fastchat.supervisor.service_manager import READY, STOPPING, tell_service_manager
 from fastchat.supervisor.supervisor import Outcome, ProcessSpec, Supervisor
 from fastchat.supervisor.worker_watch import WorkerWatch
+from fastchat.worker.memory_remedy import plan_or_refuse
 
 DEMO_MODEL = Path(fastchat.__file__).parent / "models" / "demo" / "chatglm2-demo"
 INTERNAL_HOST = "localhost"
@@ -56,12 +55,12 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedFolder:
-    """One model to serve: the worker's part of the plan. Sizes are in bytes."""
+    """One model to serve; `memory_flags` tell its worker what is planned for it."""
 
     path: Path
     names: tuple[str, ...]
     conv_template: str | None
-    num_weight_bytes: int
+    memory_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +178,10 @@ def process_specs(
     api_flags = ["--host", arguments.host, "--port", str(ports.api), *to_controller, *_access_flags(arguments)]
     worker_flags = [*to_controller, *serving_flags(arguments)]
 
-    def worker_command(folder: ServedFolder, port: int, later: Sequence[ProcessSpec]) -> list[str]:
-        sharing = [
-            *("--later-models", str(len(later))),
-            *("--later-weights", str(sum(spec.num_weight_bytes for spec in later))),
-        ]
+    def worker_command(folder: ServedFolder, port: int) -> list[str]:
         address = ["--host", INTERNAL_HOST, "--port", str(port)]
-        return _command("model_worker", [*_model_flags(folder), *address, *sharing, *worker_flags])
+        # The share comes last: it replaces the budget for all workers.
+        return _command("model_worker", [*_model_flags(folder), *address, *worker_flags, *folder.memory_flags])
 
     workers = (
         ProcessSpec(
@@ -193,15 +189,14 @@ def process_specs(
             command=partial(worker_command, folder, port),
             stop_rank=1,
             model_names=folder.names,
-            num_weight_bytes=folder.num_weight_bytes,
         )
         for folder, port in zip(folders, ports.workers, strict=True)
     )
     return (
-        ProcessSpec("controller", lambda _: _command("controller", controller_flags), stop_rank=2),
+        ProcessSpec("controller", lambda: _command("controller", controller_flags), stop_rank=2),
         ProcessSpec(
             "API server",
-            lambda _: _command("openai_api_server", api_flags),
+            lambda: _command("openai_api_server", api_flags),
             stop_rank=0,
             environment={"FASTCHAT_API_KEYS": ",".join(arguments.api_keys)} if arguments.api_keys else {},
         ),
@@ -220,7 +215,7 @@ def _page_spec(arguments: argparse.Namespace, folders: Sequence[ServedFolder], p
     flags += [f"--gradio-auth-path={arguments.gradio_auth_path.absolute()}"] if arguments.gradio_auth_path else []
     command = _command("gradio_web_server", flags)
     environment = {gradio_web_server.API_KEY_VARIABLE: arguments.api_keys[0]} if arguments.api_keys else {}
-    return (ProcessSpec("page", lambda _: command, stop_rank=0, is_essential=False, environment=environment),)
+    return (ProcessSpec("page", lambda: command, stop_rank=0, is_essential=False, environment=environment),)
 
 
 def serving_flags(arguments: argparse.Namespace) -> list[str]:
@@ -264,17 +259,23 @@ def _served_folders(arguments: argparse.Namespace) -> list[ServedFolder]:
     """The models, looked at from outside: what can be told without torch is told before anything is started."""
     if not arguments.model_path:
         _use_demo(arguments)
-    folders = []
-    for spec in model_specs(arguments):
-        checkpoint = Checkpoint.open(spec.path)
-        shards = find_weight_files(checkpoint.path).shards
-        num_bytes = sum(shard.path.stat().st_size for shard in shards)
-        folders.append(ServedFolder(checkpoint.path, spec.names or (checkpoint.name,), spec.conv_template, num_bytes))
+    specs = model_specs(arguments)
+    checkpoints = [Checkpoint.open(spec.path) for spec in specs]
+    folders = [
+        ServedFolder(checkpoint.path, spec.names or (checkpoint.name,), spec.conv_template)
+        for spec, checkpoint in zip(specs, checkpoints, strict=True)
+    ]
     names = [name for folder in folders for name in folder.names]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
-    return folders
+    engine = worker_arguments.engine_spec(arguments, max_running=arguments.limit_worker_concurrency)
+    named = [(folder.names[0], checkpoint) for folder, checkpoint in zip(folders, checkpoints, strict=True)]
+    plan = plan_or_refuse(named, engine, each_alone=True)
+    return [
+        replace(folder, memory_flags=(f"{plan.budget.flag}={plan.own_budget(share)}",))
+        for folder, share in zip(folders, plan.shares, strict=True)
+    ]
 
 
 def _use_demo(arguments: argparse.Namespace) -> None:

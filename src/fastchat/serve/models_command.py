@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fastchat.models.checkpoint import Checkpoint
-from fastchat.models.inspection import DTYPE_BYTES, Inspection, inspect_checkpoint
+from fastchat.models.inspection import Inspection, inspect_checkpoint
+from fastchat.models.precision import choose_dtype, declared_dtype
+from fastchat.models.stored_form import FloatName, Quantization, QuantizedName
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import create_parser, run_command
 
+_FLOATS: tuple[FloatName, ...] = ("float32", "bfloat16", "float16")
+_QUANTIZED: tuple[QuantizedName, ...] = ("int8", "int4")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def as_json(inspection: Inspection) -> dict[str, Any]:  # Any: JSON
     """The facts for a program; sizes in bytes, lengths in tokens."""
-    checkpoint, weights, prompt = inspection.checkpoint, inspection.weights, inspection.prompt_format
+    checkpoint, weights, prompt = inspection.checkpoint, inspection.footprint, inspection.prompt_format
     context = checkpoint.max_context
     return {
         "path": str(checkpoint.path),
@@ -68,7 +72,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:  # Any: JSON
             "num_shards": weights.num_shards,
             "num_file_bytes": weights.num_file_bytes,
             "dtypes": list(weights.dtypes),
-            "declared_dtype": inspection.declared_dtype,
+            "declared_dtype": declared_dtype(checkpoint.config) or None,
         },
         "prompt_format": {
             "name": prompt.name,
@@ -80,19 +84,19 @@ def as_json(inspection: Inspection) -> dict[str, Any]:  # Any: JSON
         },
         "sampling_defaults": asdict(inspection.sampling_defaults),
         "memory": {
-            dtype: {
-                "weights": inspection.weight_bytes(dtype),
-                "kv_cache_per_token": inspection.cache_bytes(dtype, 1),
-                "kv_cache_full_context": inspection.cache_bytes(dtype, context),
+            label: {
+                "weights": weights.weight_bytes(dtype, quantization).total(),
+                "kv_cache_per_token": weights.cache_bytes(dtype, 1),
+                "kv_cache_full_context": weights.cache_bytes(dtype, context),
             }
-            for dtype in DTYPE_BYTES
+            for label, dtype, quantization in forms(inspection)
         },
     }
 
 
 def as_lines(inspection: Inspection) -> Iterator[str]:
     """The facts for a person."""
-    checkpoint, weights, prompt = inspection.checkpoint, inspection.weights, inspection.prompt_format
+    checkpoint, weights, prompt = inspection.checkpoint, inspection.footprint, inspection.prompt_format
     shards = "1 file" if weights.num_shards == 1 else f"{weights.num_shards} shards"
     yield _row("model", f"{checkpoint.name} in {checkpoint.path}")
     yield _row("family", f"{checkpoint.family.name} (computed by transformers' {checkpoint.family.model_class})")
@@ -109,11 +113,18 @@ def as_lines(inspection: Inspection) -> Iterator[str]:
     yield _row("ends of answers", ", ".join([*stops, *map(repr, prompt.stop_strings)]) or "none known")
     yield _row("sampling", ", ".join(f"{name} {value}" for name, value in asdict(inspection.sampling_defaults).items()))
     yield _row("loading takes", "")
-    for dtype in DTYPE_BYTES:
-        yield _row(f"  {dtype}", _memory_text(inspection, dtype))
-    yield _row(
-        "  --dtype auto", f"{_auto_dtype(inspection)} on a GPU; on a CPU bfloat16 if it computes that, else float32"
-    )
+    for label, dtype, quantization in forms(inspection):
+        yield _row(f"  {label}", _memory_text(inspection, dtype, quantization))
+    yield _row("  --dtype auto", f"{_gpu_dtype(inspection)} on a GPU, {_cpu_dtype(inspection)} on this CPU")
+    yield _row("", f"`fastchat plan {checkpoint.path}` says whether it fits, with the KV cache and everything else")
+
+
+def forms(inspection: Inspection) -> Iterator[tuple[str, FloatName, Quantization | None]]:
+    """The forms that the weights can be held in: a label, the number type, and how the Linears are quantized."""
+    for dtype in _FLOATS:
+        yield dtype, dtype, None
+    for name in _QUANTIZED:
+        yield name, _cpu_dtype(inspection), Quantization(name)
 
 
 def size_text(num_bytes: int) -> str:
@@ -126,20 +137,26 @@ def size_text(num_bytes: int) -> str:
     return f"{num_bytes:,} bytes" if unit == "bytes" else f"{size:.2f} {unit}"
 
 
-def _memory_text(inspection: Inspection, dtype: str) -> str:
-    context = inspection.checkpoint.max_context
-    per_token, full = inspection.cache_bytes(dtype, 1), inspection.cache_bytes(dtype, context)
-    weights = f"{size_text(inspection.weight_bytes(dtype))} for the weights"
-    if per_token is None or full is None:
-        return f"{weights}; the KV cache is known once it is loaded"
-    return f"{weights}, {per_token:,} bytes of KV cache per token, {size_text(full)} for a full context"
+def _memory_text(inspection: Inspection, dtype: FloatName, quantization: Quantization | None) -> str:
+    footprint = inspection.footprint
+    full = footprint.cache_bytes(dtype, inspection.checkpoint.max_context)
+    return (
+        f"{size_text(footprint.weight_bytes(dtype, quantization).total())} for the weights, "
+        f"{footprint.cache_bytes(dtype, 1):,} bytes of KV cache per token, {size_text(full)} for a full context"
+    )
 
 
-def _auto_dtype(inspection: Inspection) -> str:
-    declared = inspection.declared_dtype
-    if declared in DTYPE_BYTES:
-        return str(declared)
-    return inspection.weights.dtypes[0] if inspection.weights.dtypes[0] in DTYPE_BYTES else "float32"
+def _gpu_dtype(inspection: Inspection) -> FloatName:
+    return _auto_dtype(inspection, "cuda")
+
+
+def _cpu_dtype(inspection: Inspection) -> FloatName:
+    return _auto_dtype(inspection, "cpu")
+
+
+def _auto_dtype(inspection: Inspection, device: str) -> FloatName:
+    stored = inspection.footprint.stored_dtype
+    return choose_dtype("auto", device=device, config=inspection.checkpoint.config, stored=stored)
 
 
 def _row(label: str, text: str) -> str:

@@ -67,20 +67,6 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-register", action="store_true", help="serve without telling a controller (default: register)"
     )
-    parser.add_argument(
-        "--later-models",
-        type=flag_type(natural),
-        default=0,
-        metavar="N",
-        help="models that other workers will load here later; free memory is divided with them (default: 0)",
-    )
-    parser.add_argument(
-        "--later-weights",
-        type=flag_type(parse_bytes),
-        default=0,
-        metavar="SIZE",
-        help="device memory to leave for the weights of those models (default: 0)",
-    )
     add_serving_flags(parser)
     add_security_flags(parser)
     add_config_flag(parser)
@@ -146,13 +132,19 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--max-gpu-memory",
         type=flag_type(parse_bytes),
         metavar="SIZE",
-        help="GPU memory for weights and KV cache of one model, like 13GiB (default: what is free)",
+        help="GPU memory for all models together, like 24GiB (default: 9/10 of what is free)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=flag_type(parse_bytes),
+        metavar="SIZE",
+        help="on a CPU: memory for all models together, libraries included, like 20GiB (default: 9/10 of what is free)",
     )
     parser.add_argument(
         "--kv-cache-memory",
         type=flag_type(parse_bytes),
         metavar="SIZE",
-        help="memory of one model's KV cache, like 2GiB (default: a share of what is free; at most 4GiB on a CPU)",
+        help="memory of one model's KV cache, like 2GiB (default: its share of what the weights leave)",
     )
     parser.add_argument(
         "--max-context",
@@ -216,22 +208,26 @@ def worker_config(
         or reachable_url(listeners.host, listeners.port, tls=arguments.ssl, peer_url=controller_address),
         cluster_token=cluster_token(arguments, environment),
         controller_address=controller_address,
-        engine=EngineSpec(
-            device=arguments.device,
-            dtype=arguments.dtype,
-            quantization=quantization(arguments),
-            engine_place=arguments.engine_process,
-            max_context=arguments.max_context,
-            max_batch_tokens=arguments.max_batch_tokens,
-            max_running=arguments.limit_worker_concurrency,
-            kv_cache_bytes=arguments.kv_cache_memory,
-            max_device_bytes=arguments.max_gpu_memory,
-            num_later_models=arguments.later_models,
-            num_later_weight_bytes=arguments.later_weights,
-        ),
+        engine=engine_spec(arguments, max_running=arguments.limit_worker_concurrency),
         stream_interval=arguments.stream_interval,
         default_seed=arguments.seed,
         truncates_embedding_input=arguments.embed_in_truncate,
+    )
+
+
+def engine_spec(arguments: argparse.Namespace, *, max_running: int | None = None) -> EngineSpec:
+    """What `add_engine_flags` were told."""
+    return EngineSpec(
+        device=arguments.device,
+        dtype=arguments.dtype,
+        quantization=quantization(arguments),
+        engine_place=arguments.engine_process,
+        max_context=arguments.max_context,
+        max_batch_tokens=arguments.max_batch_tokens,
+        max_running=max_running,
+        kv_cache_bytes=arguments.kv_cache_memory,
+        max_memory_bytes=arguments.memory,
+        max_device_bytes=arguments.max_gpu_memory,
     )
 
 
@@ -279,11 +275,6 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) >= 1):
         raise ConfigError(f"{text!r} is not a whole number from 1.")
     return int(text)
-
-
-def natural(text: str) -> int:
-    """A whole number from 0."""
-    return 0 if text == "0" else positive(text)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, is_repeatable: bool, default_model: str | None = None) -> None:

@@ -36,17 +36,15 @@ _log = structlog.stdlib.get_logger(__name__)
 class ProcessSpec:
     """One process to keep running.
 
-    `command` makes its command line at every start, from the workers that have yet to load their models. Those of a
-    lower `stop_rank` are stopped first. A process with `model_names` is a worker: workers load one at a time, so that
-    each can count what the others hold, and one that flaps does not end the others. `environment` is for what must not
-    be seen on a command line.
+    `command` is asked for at every start. Those of a lower `stop_rank` are stopped first. A process with `model_names`
+    is a worker: workers load one at a time, since two would wait for one disk, and one that flaps does not end the
+    others. `environment` is for what must not be seen on a command line.
     """
 
     name: str
-    command: Callable[[Sequence[ProcessSpec]], Sequence[str]]
+    command: Callable[[], Sequence[str]]
     stop_rank: int
     model_names: tuple[str, ...] = ()
-    num_weight_bytes: int = 0
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     is_essential: bool = True
     """Whether the others are of no use without it."""
@@ -178,12 +176,12 @@ class Supervisor:
         return await child.wait()
 
     async def _start(self, spec: ProcessSpec) -> ChildProcess:
-        others = [place.spec for place in self._places if place.has_yet_to_load and place.spec is not spec]
+        num_after = sum(place.has_yet_to_load and place.spec is not spec for place in self._places)
         async with self._start_turn:
-            child = await ChildProcess.start(spec.command(others), {**self._environment, **spec.environment})
+            child = await ChildProcess.start(spec.command(), {**self._environment, **spec.environment})
         _log.info("process started", process=spec.name, pid=child.pid)
         if spec.is_worker:
-            _log.info("waiting for the model", model=",".join(spec.model_names), models_after_it=len(others))
+            _log.info("waiting for the model", model=",".join(spec.model_names), models_after_it=num_after)
         return child
 
     def _note_ready(self, place: _Place) -> None:

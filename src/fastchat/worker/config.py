@@ -13,6 +13,8 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 EnginePlace = Literal["auto", "thread", "process"]
 
+_SIZES = ("max_context", "max_batch_tokens", "max_running", "kv_cache_bytes", "max_memory_bytes", "max_device_bytes")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -32,8 +34,7 @@ class EngineSpec:
     """How each model is run. Sizes are in bytes or tokens; None lets the device decide.
 
     `engine_place` auto is a process on CUDA, where many streams would fight the engine for one interpreter, and a
-    thread elsewhere. `max_device_bytes` bounds weights and KV cache of one model together. The later models are those
-    that other workers will load on the same device: their weights and their share of the KV cache are left free.
+    thread elsewhere. `max_memory_bytes` is the budget of a whole worker on a CPU, `max_device_bytes` on a GPU.
     """
 
     device: Device = "auto"
@@ -44,15 +45,18 @@ class EngineSpec:
     max_batch_tokens: int | None = None
     max_running: int | None = None
     kv_cache_bytes: int | None = None
+    max_memory_bytes: int | None = None
     max_device_bytes: int | None = None
-    num_later_models: int = 0
-    num_later_weight_bytes: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_context", "max_batch_tokens", "max_running", "kv_cache_bytes", "max_device_bytes"):
+        for name in _SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
+
+    def has_engine_process(self, device: str) -> bool:
+        """Whether each engine has a process of its own on that device."""
+        return self.engine_place == "process" or (self.engine_place == "auto" and device == "cuda")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: of the machine, and of the container that it runs in."""
+"""How much memory this process holds, and may still take: of the machine, and of the container that it runs in."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def available_bytes(root: Path = Path("/")) -> int:
         *(bytes_ for names in _CGROUPS if (bytes_ := _container_bytes(root, *names)) is not None),
     ]
     return max(0, min(left))
+
+
+def anonymous_bytes(process: str = "self", root: Path = Path("/")) -> int:
+    """What a process holds that no file backs; 0 where the system does not tell (not Linux)."""
+    try:
+        for line in (root / "proc" / process / "status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
 
 
 def _machine_bytes(root: Path) -> int:

@@ -19,13 +19,13 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.interface import ChatFormat, SamplingDefaults, Tokenizer
 from fastchat.models.sampling_defaults import load_sampling_defaults
 from fastchat.models.tokenizer import load_tokenizer
-from fastchat.worker.config import ModelSpec, WorkerConfig
+from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
 from fastchat.worker.engine_factory import EnginePlan, engine_maker
 from fastchat.worker.engine_process import engine_command
+from fastchat.worker.memory_plan import ModelShare
+from fastchat.worker.memory_remedy import plan_or_refuse
 
 _log = structlog.stdlib.get_logger(__name__)
-
-_WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +72,11 @@ def open_models(config: WorkerConfig) -> list[OpenedModel]:
     checkpoints = [Checkpoint.open(spec.path) for spec in config.models]
     names = [spec.names or (checkpoint.name,) for spec, checkpoint in zip(config.models, checkpoints, strict=True)]
     _check_names(names)
-    sizes = [_bytes_on_disk(checkpoint.path) for checkpoint in checkpoints]
+    plan = plan_or_refuse(list(zip((each[0] for each in names), checkpoints, strict=True)), config.engine)
     opened = []
-    for number, (spec, checkpoint) in enumerate(zip(config.models, checkpoints, strict=True)):
-        plan = EnginePlan.of(
-            checkpoint.path,
-            config.engine,
-            reserved_bytes=sum(sizes[number + 1 :]) + config.engine.num_later_weight_bytes,
-            num_sharers=len(checkpoints) - number + config.engine.num_later_models,
-            num_before=number,
-        )
-        opened.append(_open_model(spec, names[number], checkpoint, _make_client(config, plan)))
+    for spec, own_names, checkpoint, share in zip(config.models, names, checkpoints, plan.shares, strict=True):
+        _log_share(share)
+        opened.append(_open_model(spec, own_names, checkpoint, _make_client(config.engine, EnginePlan.of(share))))
     return opened
 
 
@@ -100,9 +94,23 @@ def _open_model(spec: ModelSpec, names: tuple[str, ...], checkpoint: Checkpoint,
     )
 
 
-def _make_client(config: WorkerConfig, plan: EnginePlan) -> EngineClient:
-    place = config.engine.engine_place
-    if place == "process" or (place == "auto" and plan.device == "cuda"):
+def _log_share(share: ModelShare) -> None:
+    needs = share.needs
+    log = _log.warning if share.context < needs.context else _log.info
+    log(
+        "memory plan",
+        model=needs.model.name,
+        device=needs.device,
+        weight_bytes=sum(needs.weight_bytes.values()),
+        kv_cache_bytes=share.cache_bytes,
+        step_bytes=share.step_bytes,
+        max_context=share.context,
+        wanted_context=needs.context,
+    )
+
+
+def _make_client(engine: EngineSpec, plan: EnginePlan) -> EngineClient:
+    if engine.has_engine_process(plan.device):
         return ProcessEngineClient(engine_command(plan))
     return ThreadEngineClient(engine_maker(plan), name=Path(plan.path).name)
 
@@ -113,8 +121,3 @@ def _check_names(names: Sequence[tuple[str, ...]]) -> None:
         if name in seen:
             raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
         seen.add(name)
-
-
-def _bytes_on_disk(path: Path) -> int:
-    """About what the weights will take; the kind of file that is there in greater number of bytes is the one read."""
-    return max(sum(file.stat().st_size for file in path.glob(pattern)) for pattern in _WEIGHT_FILES)
