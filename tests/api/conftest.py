@@ -4,9 +4,18 @@ import http.client
 from contextlib import contextmanager
 
 import pytest
+import structlog
 
 from tests.api.edge_app import Witness, create_app
 from tests.gateway.loop_thread import LoopThread
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_tracebacks():
+    """Its default draws every local variable of every frame, which takes seconds."""
+    structlog.configure([structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()])
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +37,7 @@ def connect(thread, witness):
 
         @contextmanager
         def connection():
-            client = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+            client = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
             try:
                 yield client
             finally:
