@@ -9,6 +9,7 @@ from fastchat.api.parameters import NEUTRAL_ONLY, Ignored, parse_body
 from fastchat.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
 )
@@ -136,22 +137,38 @@ def test_no_parameter_is_decided_on_twice():
         assert not set(kind.model_fields) & set(table)
 
 
+@pytest.mark.parametrize("name", ["model", "input", "dimensions", "encoding_format", "user"])
+def test_every_embedding_parameter_is_decided_on(name):
+    """The same for embeddings."""
+    assert is_decided(EmbeddingRequest, name)
+    if name not in EMBEDDING:
+        parse_body(EmbeddingRequest, {**EMBEDDING, name: None})
+
+
+GOOD_BODIES = {
+    ChatCompletionRequest: CHAT,
+    CompletionRequest: COMPLETION,
+    EmbeddingRequest: EMBEDDING,
+    TokenizeRequest: CHAT,
+    DetokenizeRequest: {"model": "toy", "tokens": [1]},
+}
+RULES = [(kind, name, rule) for kind, table in NEUTRAL_ONLY.items() for name, rule in table.items()]
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [(name, value) for name, rule in NEUTRAL_ONLY[ChatCompletionRequest].items() for value in rule.values],
-    ids=str,
+    ("kind", "name", "value"), [(kind, name, value) for kind, name, rule in RULES for value in rule.values], ids=str
 )
-def test_neutral_values_are_accepted(name, value):
-    """What changes nothing needs no support."""
-    _, ignored = parse_body(ChatCompletionRequest, {**CHAT, name: value})
+def test_neutral_values_are_accepted(kind, name, value):
+    """What changes nothing needs no support, on any route."""
+    _, ignored = parse_body(kind, {**GOOD_BODIES[kind], name: value})
     assert ignored.names == ()
 
 
-@pytest.mark.parametrize("name", NEUTRAL_ONLY[ChatCompletionRequest])
-def test_what_is_not_obeyed_is_refused_by_name(name):
-    """A value that would change the answer is a 400 that names it."""
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name, _ in RULES], ids=str)
+def test_what_is_not_obeyed_is_refused_by_name(kind, name):
+    """A value that would change the answer is a 400 that names it, on any route."""
     with pytest.raises(InvalidRequestError) as caught:
-        parse_body(ChatCompletionRequest, {**CHAT, name: {"some": "value"}})
+        parse_body(kind, {**GOOD_BODIES[kind], name: {"some": "value"}})
     assert caught.value.param == name
     assert name in caught.value.message
 
