@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -250,12 +251,26 @@ def test_templates_see_tools_dates_special_tokens_and_parsed_arguments(tmp_path:
         "{{ 1 / 'a' }}",
         "{{ 1 / 0 }}",
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for m in messages[0].content %}{{ m }}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10000000000 }}",
+        "{{ [messages] * 10000000000 }}",
+        "{{ 10 ** 10 ** 10 }}",
     ],
 )
 def test_what_a_template_refuses_is_the_clients_error(tmp_path: Path, template: str) -> None:
     chat_format, _ = format_of(write_checkpoint(tmp_path, "llama", chat_template=template))
+    began = time.thread_time()
     with pytest.raises(InvalidRequestError, match="chat template refuses"):
-        chat_format.render([user("hi")])
+        chat_format.render([user("hi" * 100)])
+    assert time.thread_time() - began < 1.0
+
+
+def test_a_template_that_is_too_long_is_refused_at_load(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llama", chat_template="x" * 70_000)
+    with pytest.raises(CheckpointError, match="longer than 65536 characters"):
+        format_of(tmp_path)
 
 
 def test_a_format_says_which_fields_of_a_message_it_writes(tmp_path: Path) -> None:
