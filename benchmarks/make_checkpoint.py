@@ -35,15 +35,15 @@ LAYER_SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-def shapes(num_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(num_layers: int, num_tokens: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """All tensors in the order of the original shards."""
-    yield "transformer.embedding.word_embeddings.weight", (VOCAB, HIDDEN)
+    yield "transformer.embedding.word_embeddings.weight", (num_tokens, HIDDEN)
     yield "transformer.rotary_pos_emb.inv_freq", (HEAD_DIM // 4,)
     for layer in range(num_layers):
         for name, shape in LAYER_SHAPES.items():
             yield f"transformer.encoder.layers.{layer}.{name}", shape
     yield "transformer.encoder.final_layernorm.weight", (HIDDEN,)
-    yield "transformer.output_layer.weight", (VOCAB, HIDDEN)
+    yield "transformer.output_layer.weight", (num_tokens, HIDDEN)
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -56,7 +56,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.float16).uniform_(-bound, bound)
 
 
-def config(num_layers: int) -> dict[str, object]:
+def config(num_layers: int, num_tokens: int) -> dict[str, object]:
     """The fields of the original config.json that say what the model is."""
     return {
         "_name_or_path": "THUDM/chatglm2-6b",
@@ -77,7 +77,7 @@ def config(num_layers: int) -> dict[str, object]:
         "num_attention_heads": HEADS,
         "num_layers": num_layers,
         "original_rope": True,
-        "padded_vocab_size": VOCAB,
+        "padded_vocab_size": num_tokens,
         "post_layer_norm": True,
         "rmsnorm": True,
         "seq_length": 32768,
@@ -88,10 +88,12 @@ def config(num_layers: int) -> dict[str, object]:
     }
 
 
-def write_checkpoint(folder: Path, *, layout: str, num_shards: int, num_layers: int, tokenizer: Path) -> int:
+def write_checkpoint(
+    folder: Path, *, layout: str, num_shards: int, num_layers: int, num_tokens: int, tokenizer: Path
+) -> int:
     """Write everything; returns the tensors' total size in bytes. One shard is in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    planned = list(shapes(num_layers))
+    planned = list(shapes(num_layers, num_tokens))
     total_bytes = sum(2 * torch.Size(shape).numel() for _, shape in planned)
     suffix, stem = ("bin", "pytorch_model") if layout == "bin" else ("safetensors", "model")
     weight_map: dict[str, str] = {}
@@ -113,7 +115,7 @@ def write_checkpoint(folder: Path, *, layout: str, num_shards: int, num_layers: 
     index_name = f"{stem}.{suffix}.index.json"
     index_file = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / index_name).write_text(json.dumps(index_file, indent=1))
-    (folder / "config.json").write_text(json.dumps(config(num_layers), indent=1))
+    (folder / "config.json").write_text(json.dumps(config(num_layers, num_tokens), indent=1))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"name_or_path": "THUDM/chatglm2-6b", "tokenizer_class": "ChatGLMTokenizer"})
     )
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=["bin", "safetensors"], default="bin")
     parser.add_argument("--shards", type=int, default=7)
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--vocabulary", type=int, default=VOCAB, help="rows of embedding and head")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="a SentencePiece tokenizer.model")
     flags = parser.parse_args()
     torch.manual_seed(0)
@@ -136,6 +139,7 @@ def main() -> None:
         layout=flags.layout,
         num_shards=flags.shards,
         num_layers=flags.layers,
+        num_tokens=flags.vocabulary,
         tokenizer=flags.tokenizer,
     )
     print(f"{flags.folder}: {total_bytes:,} bytes of tensors")

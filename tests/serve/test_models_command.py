@@ -12,8 +12,10 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.inspection import inspect_checkpoint
 from fastchat.models.weights import load_model
 from fastchat.serve.arguments import exit_code_of
+from fastchat.serve.convert_command import main as convert
 from fastchat.serve.models_command import main, size_text
 from tests.checkpoints import FAMILIES, write_checkpoint
+from tests.models.test_official_quantized import write_both
 from tests.processes import ROOT, process_environment
 
 
@@ -113,3 +115,38 @@ def test_folder_that_cannot_be_loaded_is_exit_code_2_with_one_line(tmp_path, cap
 )
 def test_sizes_are_for_reading(num_bytes, text):
     assert size_text(num_bytes) == text
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_official_quantized_folder_is_told_truly(tmp_path, capsys, bits):
+    """As many parameters as the plain one, and the memory that loading really takes."""
+    for folder in write_both(tmp_path, bits, "bin"):
+        assert main(["inspect", str(folder), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        model = load_model(Checkpoint.open(folder), dtype="bfloat16")
+        held = sum(value.numel() * value.element_size() for value in model.parameters())
+        assert told["memory"]["bfloat16"]["weights"] == pytest.approx(held, rel=0.1)  # rows are filled up
+        assert told["weights"]["quantized_as"] == (f"int{bits}" if folder.name == "official" else None)
+        plain = load_model(Checkpoint.open(tmp_path / "plain"))
+        assert told["num_parameters"] == sum(value.numel() for value in plain.parameters())
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "qwen2"])
+@pytest.mark.parametrize("flags", [["--load-8bit"], ["--quantize", "int4"]], ids=str)
+def test_converted_folder_is_told_truly(tmp_path, capsys, family, flags):
+    """Sizes that fill whole units: then the counts are exact. A tied head is a copy of its own in memory."""
+    sizes = {"hidden_size": 64, "ffn_hidden_size": 128, "intermediate_size": 128, "head_dim": 16}
+    source = write_checkpoint(tmp_path / "chatglm2-6b", family, config=sizes)
+    assert convert([str(source), str(tmp_path / "small"), *flags]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(source), "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(tmp_path / "small"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    model = load_model(Checkpoint.open(tmp_path / "small"), dtype="bfloat16")
+    held = sum(value.numel() * value.element_size() for value in model.parameters())
+    assert told["memory"]["bfloat16"]["weights"] == held
+    assert told["num_parameters"] == plain["num_parameters"]
+    assert told["weights"]["quantized_as"] == model.held_as
+    assert main(["inspect", str(tmp_path / "small")]) == 0
+    assert f"the Linears are {model.held_as} on disk" in capsys.readouterr().out

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastchat.errors import CheckpointError, UnsupportedModelError
@@ -25,8 +25,12 @@ from fastchat.models.stored_form import (
     form_of,
     held_bytes,
 )
+from fastchat.models.stored_quantization import REMEDY, StoredQuantization, stored_quantization, values_per_number
 from fastchat.models.stored_tensors import StoredTensor, read_stored_tensors
 from fastchat.models.weight_files import find_weight_files
+
+FLOAT_TYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+SCALE_ENDING = ".weight_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +42,31 @@ class Footprint:
     num_file_bytes: int
     dtypes: tuple[str, ...]
     stored_dtype: str
-    """Of the first tensor."""
+    """Of the first tensor that is not quantized."""
     shapes: Mapping[str, tuple[int, ...]]
+    stored: StoredQuantization | None
+    quantized_names: frozenset[str]
+    """The parameters that are quantized on disk."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Footprint:
         """Read the headers. Raises `CheckpointError` for files that cannot be loaded."""
         files = find_weight_files(checkpoint.path)
         stored = {each.name: each for shard in files.shards for each in read_stored_tensors(files.format, shard.path)}
-        kept = {name: each for name, each in stored.items() if checkpoint.family.rename(name)}
+        scales = {name for name in stored if name.endswith(SCALE_ENDING)}
+        kept = {name: each for name, each in stored.items() if name not in scales and checkpoint.family.rename(name)}
+        quantized = {name for name, each in kept.items() if each.dtype not in FLOAT_TYPES}
+        for name in quantized:
+            _check_quantized(checkpoint, kept[name], scales)
         footprint = cls(
             layout=files.format,
             num_shards=len(files.shards),
             num_file_bytes=sum(shard.path.stat().st_size for shard in files.shards),
             dtypes=tuple(sorted({each.dtype for each in kept.values()})),
-            stored_dtype=next((each.dtype for each in kept.values()), ""),
+            stored_dtype=next((each.dtype for name, each in kept.items() if name not in quantized), ""),
             shapes=dict(_parameters(checkpoint, kept)),
+            stored=stored_quantization(checkpoint.config),
+            quantized_names=frozenset(target for name in quantized for target in checkpoint.family.rename(name)),
         )
         if not (footprint.hidden_size and footprint.kv_values_per_token):
             raise CheckpointError(
@@ -65,6 +78,11 @@ class Footprint:
     def num_parameters(self) -> int:
         """Numbers that are trained; what is computed anew is not counted, and what is shared once."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def quantized_as(self) -> str | None:
+        """What the weights are quantized to on disk."""
+        return self.stored.quantization.name if self.stored is not None else None
 
     @property
     def vocab_size(self) -> int:
@@ -100,11 +118,14 @@ class Footprint:
     def weight_bytes(self, dtype: FloatName, quantization: Quantization | None = None) -> Counter[str]:
         """The memory of the weights as they are held, by the name of the form."""
         shapes = self.shapes
+        if self.stored is not None and self.stored.covers_all:
+            quantization = self.stored.quantization
         if quantization is not None and OUTPUT_WEIGHT not in shapes and INPUT_WEIGHT in shapes:
             shapes = {**shapes, OUTPUT_WEIGHT: shapes[INPUT_WEIGHT]}  # tied: quantized, it is a copy of its own
         held: Counter[str] = Counter()
         for name, shape in shapes.items():
-            form = form_of(name, shape, dtype, quantization)
+            own = self.stored.quantization if self.stored is not None and name in self.quantized_names else quantization
+            form = form_of(name, shape, dtype, own)
             held[form.name] += held_bytes(shape, form)
         return held
 
@@ -120,13 +141,15 @@ class Footprint:
 def _parameters(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, tuple[int, ...]]]:
     options: Mapping[str, Any] | None = None  # Any: values of a JSON file
     for tensor in stored.values():
-        _refuse_quantized(checkpoint, tensor)
+        shape = tensor.shape
+        if len(shape) == 2:
+            shape = (shape[0], shape[1] * values_per_number(tensor.dtype, checkpoint.config))
         targets = checkpoint.family.rename(tensor.name)
         if len(targets) == 1:
-            yield targets[0], tensor.shape
+            yield targets[0], shape
             continue
         options = options or _options(checkpoint)
-        yield from zip(targets, _split(checkpoint, tensor, options), strict=True)
+        yield from zip(targets, _split(checkpoint, replace(tensor, shape=shape), options), strict=True)
 
 
 def _split(checkpoint: Checkpoint, tensor: StoredTensor, options: Mapping[str, Any]) -> list[tuple[int, ...]]:
@@ -146,9 +169,11 @@ def _options(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return checkpoint.family.map_config(checkpoint.config, recognised.format_name if recognised else None)
 
 
-def _refuse_quantized(checkpoint: Checkpoint, tensor: StoredTensor) -> None:
-    if not tensor.dtype.startswith(("float", "bfloat")) or tensor.dtype.startswith("float8"):
+def _check_quantized(checkpoint: Checkpoint, tensor: StoredTensor, scale_names: Collection[str]) -> None:
+    """Raise `UnsupportedModelError` for a tensor that is quantized in a way that the loader does not read."""
+    is_known = tensor.dtype in ("int8", "uint8") and f"{tensor.name}_scale" in scale_names
+    if not is_known or stored_quantization(checkpoint.config) is None:
         raise UnsupportedModelError(
-            f"{checkpoint.path}: {tensor.name} is of type {tensor.dtype}: the checkpoint is quantized, which is not "
-            "read here; use the original float16 or bfloat16 weights"
+            f"{checkpoint.path}: {tensor.name} is of type {tensor.dtype}: the checkpoint is quantized in a way that is "
+            f"not read here; {REMEDY}"
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastchat.errors import CheckpointError
 from fastchat.models.row_blocks import for_row_blocks
 from fastchat.models.stored_form import fitting_group, padded_inputs
 from fastchat.native.torch_products import MAX_INT8, MIN_NONZERO, pack_int4, unpack_int4
@@ -24,7 +25,10 @@ MIN_INT4, MAX_INT4 = -8, 7
 
 
 def quantize_int8(source: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, K) of any float type -> int8 (N, K) and scales float32 (N,), both on `device`."""
+    """(N, K) of any float type -> int8 (N, K) and scales float32 (N,), both on `device`.
+
+    Raises `CheckpointError` for values that are not finite numbers.
+    """
     weight = torch.empty(source.shape, dtype=torch.int8, device=device)
     scales = torch.empty(len(source), device=device)
 
@@ -34,11 +38,15 @@ def quantize_int8(source: Tensor, device: torch.device) -> tuple[Tensor, Tensor]
         weight[rows] = values.div_(scales[rows, None]).round_().to(torch.int8)
 
     for_row_blocks(source, device, quantize)
+    check_scales_are_finite(scales)
     return weight, scales
 
 
 def quantize_int4(source: Tensor, group_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, K) of any float type -> packed uint8 (N, K' / 2) and scales float32 (N, K' / G), both on `device`."""
+    """(N, K) of any float type -> packed uint8 (N, K' / 2) and scales float32 (N, K' / G), both on `device`.
+
+    Raises `CheckpointError` for values that are not finite numbers.
+    """
     num_rows, num_inputs = source.shape
     num_padded = padded_inputs(num_inputs)
     group = fitting_group(num_inputs, group_size)
@@ -52,7 +60,14 @@ def quantize_int4(source: Tensor, group_size: int, device: torch.device) -> tupl
         scales[rows] = group_scales.view(len(values), -1)
 
     for_row_blocks(source, device, quantize)
+    check_scales_are_finite(scales)
     return packed, scales
+
+
+def check_scales_are_finite(scales: Tensor) -> None:
+    """Raise `CheckpointError` where a weight held infinity or what is not a number: its scale does so too."""
+    if not torch.isfinite(scales).all():
+        raise CheckpointError("holds values that are not finite numbers; download this file again")
 
 
 def dequantize_int8(weight: Tensor, scales: Tensor) -> Tensor:

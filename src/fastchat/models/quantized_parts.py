@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastchat.errors import CheckpointError
-from fastchat.models.quantize import quantize_int4, quantize_int8
+from fastchat.models.quantize import check_scales_are_finite, quantize_int4, quantize_int8
 from fastchat.models.quantized_linear import Int4Linear, Int8Linear
 from fastchat.models.row_blocks import for_row_blocks
 from fastchat.models.stored_form import GROUP_SIZES, StoredForm, fitting_group, padded_inputs
@@ -97,12 +97,11 @@ class QuantizedParts:
             num_groups = num_padded // fitting_group(num_padded, max(GROUP_SIZES))
             scales = scales[:, None].expand(-1, num_groups).contiguous()
         _check_scales(parts.weight, scales)
+        check_scales_are_finite(scales)
         del self._parts[target]
         self._install(target, parts.weight, scales)
 
     def _install(self, target: str, weight: Tensor, scales: Tensor) -> None:
-        if not torch.isfinite(scales).all():
-            raise CheckpointError("holds values that are not finite numbers; download this file again")
         old = self._linear(target)
         new: Int8Linear | Int4Linear
         if weight.dtype == torch.int8:

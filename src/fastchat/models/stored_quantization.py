@@ -59,6 +59,13 @@ def choose_quantization(config: Config, asked: Quantization | None) -> Quantizat
     return stored.quantization if stored.covers_all else asked
 
 
+def values_per_number(dtype: str, config: Config) -> int:
+    """How many weights one stored number of that type stands for: two where int4 is packed."""
+    stored = stored_quantization(config)
+    is_official_int4 = stored is not None and stored.quantization.name == "int4" and not stored.covers_all
+    return 2 if dtype == "uint8" or (dtype == "int8" and is_official_int4) else 1
+
+
 def own_marker(quantization: Quantization) -> dict[str, str | int]:
     """The `quantization_config` of a checkpoint that is written here."""
     bits = next(bits for bits, name in NAMES_BY_BITS.items() if name == quantization.name)

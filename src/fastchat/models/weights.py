@@ -120,6 +120,14 @@ def build_empty_module(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
         raise _config_error(checkpoint, error) from error
 
 
+def check_tensor_names(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` for missing and unexpected tensors, where the files say what is in them."""
+    module = build_empty_module(checkpoint)
+    _Filler(checkpoint, module, torch.device("meta"), torch.float32, None).check_names(
+        find_weight_files(checkpoint.path)
+    )
+
+
 @contextmanager
 def open_shard(files: WeightFiles, shard: Shard) -> Iterator[TensorReader]:
     """Open one file of weights; its tensors must not be used after."""

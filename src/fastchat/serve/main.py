@@ -37,6 +37,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("config", "fastchat.serve.config_command", "show every setting of `serve` and where it came from"),
     Command("keys", "fastchat.serve.keys_command", "make, list and revoke the API keys that clients send"),
     Command("votes", "fastchat.serve.votes_command", "write all votes on compared models as JSON lines"),
+    Command("convert", "fastchat.serve.convert_command", "write a checkpoint anew: safetensors, int8 or int4"),
     Command("controller", "fastchat.serve.controller", "the process that knows all workers"),
     Command("model-worker", "fastchat.serve.model_worker", "a worker with one model"),
     Command("multi-model-worker", "fastchat.serve.multi_model_worker", "a worker with several models"),

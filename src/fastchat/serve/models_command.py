@@ -73,6 +73,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:  # Any: JSON
             "num_file_bytes": weights.num_file_bytes,
             "dtypes": list(weights.dtypes),
             "declared_dtype": declared_dtype(checkpoint.config) or None,
+            "quantized_as": weights.quantized_as,
         },
         "prompt_format": {
             "name": prompt.name,
@@ -101,6 +102,8 @@ def as_lines(inspection: Inspection) -> Iterator[str]:
     yield _row("model", f"{checkpoint.name} in {checkpoint.path}")
     yield _row("family", f"{checkpoint.family.name} (computed by transformers' {checkpoint.family.model_class})")
     yield _row("parameters", f"{weights.num_parameters:,} in {', '.join(weights.dtypes)}")
+    if weights.quantized_as is not None:
+        yield _row("quantized", f"the Linears are {weights.quantized_as} on disk, and stay so whatever --dtype is")
     yield _row("weights", f"{size_text(weights.num_file_bytes)} in {shards} ({weights.layout})")
     yield _row("context", f"{checkpoint.max_context:,} tokens, prompt and answer together")
     yield _row("prompt format", f"{prompt.name} (from {prompt.source})")

@@ -85,6 +85,8 @@ def _smaller_forms(plan: MemoryPlan, engine: EngineSpec) -> Iterator[tuple[str, 
     dtypes = [("", engine), *([("--dtype bfloat16 ", replace(engine, dtype="bfloat16"))] if is_float32 else [])]
     if engine.quantization is None and is_float32:
         yield "--dtype bfloat16", dtypes[-1][1]
+    if any(share.needs.model.footprint.stored is not None for share in plan.shares):
+        return  # what is quantized on disk is not quantized again
     for name in _smaller_quantizations(engine.quantization):
         for flags, changed in dtypes:
             yield f"{flags}--quantize {name}", replace(changed, quantization=Quantization(name))

@@ -26,6 +26,7 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.footprint import Footprint
 from fastchat.models.precision import choose_dtype
 from fastchat.models.stored_form import FLOAT_BYTES, FloatName, Quantization
+from fastchat.models.stored_quantization import choose_quantization
 from fastchat.worker.config import EngineSpec
 from fastchat.worker.device_memory import ChosenDevice
 
@@ -93,13 +94,14 @@ class ModelNeeds:
         """The needs of a model that is run so."""
         footprint = model.footprint
         dtype = choose_dtype(engine.dtype, device=device, config=model.config, stored=footprint.stored_dtype)
+        quantization = choose_quantization(model.config, engine.quantization)
         context = min(engine.max_context or model.max_context, model.max_context)
         needs = cls(
             model=model,
             device=device,
             dtype=dtype,
-            quantization=engine.quantization,
-            weight_bytes=footprint.weight_bytes(dtype, engine.quantization),
+            quantization=quantization,
+            weight_bytes=footprint.weight_bytes(dtype, quantization),
             context=context,
             least_context=min(context, LEAST_CONTEXT) if engine.max_context is None else context,
             max_batch_tokens=engine.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS,
