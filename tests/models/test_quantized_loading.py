@@ -182,8 +182,9 @@ print(json.dumps({"peak": max(peak, anonymous()) - before, "held": held}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-@pytest.mark.parametrize("layout", ["safetensors", "bin"])
-@pytest.mark.parametrize("quantization", [Quantization("int8"), Quantization("int4", 64)], ids=str)
+@pytest.mark.parametrize(
+    ("quantization", "layout"), [(Quantization("int8"), "bin"), (Quantization("int4", 64), "safetensors")], ids=str
+)
 def test_loading_never_holds_the_16_bit_model(tmp_path: Path, layout: Any, quantization: Quantization) -> None:
     """Peak anonymous memory while loading is what is held in the end, and less than one large tensor in 16 bits."""
     sizes = {

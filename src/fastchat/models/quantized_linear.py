@@ -92,11 +92,13 @@ def multiply_int8_on_device(rows: Tensor, weight: Tensor, scales: Tensor) -> Ten
     return (sums.float() * row_scales * scales).to(rows.dtype)
 
 
-def multiply_int4_on_device(rows: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+def multiply_int4_on_device(
+    rows: Tensor, packed: Tensor, scales: Tensor, *, max_unpacked_values: int = MAX_UNPACKED_VALUES
+) -> Tensor:
     """The product with the weight as floats, some outputs at a time: activations are not quantized at all."""
     num_padded = packed.shape[1] * 2
     rows = pad(rows, (0, num_padded - rows.shape[1]))
-    step = max(1, MAX_UNPACKED_VALUES // num_padded)
+    step = max(1, max_unpacked_values // num_padded)
     parts = [
         linear(rows, dequantize_int4(packed[start : start + step], scales[start : start + step]).to(rows.dtype))
         for start in range(0, len(packed), step)
