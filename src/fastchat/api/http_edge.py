@@ -57,6 +57,8 @@ __all__ = [
 ]
 
 _log = structlog.get_logger(__name__)
+_NO_SNIFF = (b"x-content-type-options", b"nosniff")
+"""A browser takes no answer for a page, whatever a model writes."""
 _STOPPING = UnavailableError("The server is shutting down and ended this request early.", code="shutting_down")
 
 
@@ -97,7 +99,8 @@ class _Edge:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                message["headers"] = [*(pair for pair in message.get("headers", ()) if pair[0] != header[0]), header]
+                kept = (pair for pair in message.get("headers", ()) if pair[0] != header[0])
+                message["headers"] = [*kept, header, _NO_SNIFF]
             await send(message)
 
         try:

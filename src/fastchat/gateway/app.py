@@ -1,6 +1,6 @@
 """The API server as an app: what it is made of, in which order a request passes it, and how it starts and ends.
 
-access log -> CORS (where asked for) -> request id and errors -> key -> routes -> relay -> worker
+access log -> CORS (where asked for) -> request id and errors -> browsers -> key -> routes -> relay -> worker
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from fastchat.api.http_edge import BearerGuard, install_error_handlers
 from fastchat.cluster.dispatch import Dispatcher
 from fastchat.cluster.watcher import TableWatcher
+from fastchat.gateway.browser_guard import BrowserGuard
 from fastchat.gateway.chat_door import ChatDoor
 from fastchat.gateway.config import ApiServerConfig
 from fastchat.gateway.exchange import Exchanges
@@ -64,6 +65,12 @@ def create_api_app(config: ApiServerConfig, mounted: Sequence[MountedRoutes] = (
 def _add_middleware(app: Starlette, config: ApiServerConfig, keys: ApiKeys) -> None:
     """From the inside to the outside: what is added last sees a request first."""
     app.add_middleware(BearerGuard, is_allowed=keys.is_allowed, open_paths=OPEN_PATHS, is_open=lambda: keys.is_open)
+    app.add_middleware(
+        BrowserGuard,
+        allowed_hosts=config.allowed_hosts,
+        allowed_origins=config.cors.allowed_origins,
+        is_open=lambda: keys.is_open,
+    )
     install_error_handlers(app)
     if config.cors.allowed_origins:
         app.add_middleware(

@@ -22,13 +22,15 @@ class CorsConfig:
 class ApiServerConfig:
     """What an API server needs to know.
 
-    With no `api_keys` and none in the store at `key_store_path`, everybody who reaches it may use it.
+    With no `api_keys` and none in the store at `key_store_path`, everybody who reaches it may use it, by
+    the names in `allowed_hosts` (None: by any).
     """
 
     cluster_token: str = field(repr=False)
     controller_address: str = "http://localhost:21001"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     key_store_path: Path | None = None
+    allowed_hosts: tuple[str, ...] | None = None
     cors: CorsConfig = CorsConfig()
 
     def __post_init__(self) -> None:

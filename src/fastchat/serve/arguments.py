@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
+import structlog
+
 from fastchat.cluster.token import load_cluster_token, read_token_file
-from fastchat.config import Environment, TlsFiles, parse_host, parse_port, parse_url
+from fastchat.config import Environment, TlsFiles, is_loopback, parse_host, parse_port, parse_url
 from fastchat.engine.client import ENGINE_THREAD_NAME
 from fastchat.errors import CheckpointError, ConfigError, ConfigFileError, FastChatError, UnavailableError
 from fastchat.supervisor.parent_link import tell_error, watch_parent
@@ -102,6 +104,15 @@ def add_refused_flag(parser: argparse.ArgumentParser, flag: str, *, reason: str,
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+
+
+def warn_of_plain_listener(arguments: argparse.Namespace) -> None:
+    """Say loudly that the cluster token and what users write can be read on the way, where that is so."""
+    if not arguments.ssl and not is_loopback(arguments.host):
+        structlog.stdlib.get_logger(__name__).warning(
+            "NOT ENCRYPTED: the cluster token, prompts and answers travel readably to other machines; use --ssl, or a "
+            "network that nobody else can read"
+        )
 
 
 def tls_files(arguments: argparse.Namespace, environment: Environment) -> TlsFiles | None:

@@ -22,6 +22,7 @@ from fastchat.serve.arguments import (
     flag_type,
     run_command,
     tls_files,
+    warn_of_plain_listener,
 )
 from fastchat.serve.http_server import bind_listeners, run_server
 from fastchat.serve.settings import add_config_flag, parse_settings
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = read_environment()
     tls = tls_files(arguments, environment)
     listeners = bind_listeners(arguments.host, arguments.port)
+    warn_of_plain_listener(arguments)
     config = ControllerConfig(
         cluster_token=cluster_token(arguments, environment),
         usage_path=environment.state_dir / USAGE_FILE_NAME,

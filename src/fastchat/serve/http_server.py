@@ -21,6 +21,7 @@ from fastchat.errors import ConfigError, FastChatError, UnavailableError
 from fastchat.ops.access_log import QUIET_PATHS, AccessLog
 from fastchat.serve.arguments import DEFAULT_DRAIN_S, EXIT_FAILURE, EXIT_INTERRUPTED
 from fastchat.serve.http_protocol import LimitedHttpProtocol
+from fastchat.serve.posture import harden_process
 from fastchat.supervisor.parent_link import tell_ready
 
 KEEP_ALIVE_S = 75
@@ -81,6 +82,7 @@ def run_server(
     endless streams and says goodbye. What is in flight may then go on for `drain_s` seconds. An error on purpose in
     the app's start-up is raised here. Without `has_websockets` an upgrade to one is not made.
     """
+    harden_process()
     guarded = _StartUpGuard(AccessLog(app, quiet_paths))
     config = uvicorn.Config(
         guarded,

@@ -39,6 +39,7 @@ from fastchat.serve.arguments import (
 )
 from fastchat.serve.http_server import bind_listeners
 from fastchat.serve.multi_model_worker import create_multi_model_worker_parser, model_specs
+from fastchat.serve.posture import harden_process
 from fastchat.serve.settings import add_config_flag, parse_settings, without_options
 from fastchat.supervisor.front_door import wait_until_ready
 from fastchat.supervisor.service_manager import READY, STOPPING, tell_service_manager
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     worker_arguments.obey_early_flags(arguments)
     environment = read_environment()
     tls_files(arguments, environment)
+    harden_process()
     token = cluster_token(arguments, environment)
     folders = _served_folders(arguments)
     ports = _choose_ports(arguments, len(folders))
@@ -323,6 +325,7 @@ def _access_flags(arguments: argparse.Namespace) -> list[str]:
     flags += ["--allow-credentials"] if arguments.allow_credentials else []
     flags += [f"--drain-timeout={arguments.drain_timeout}"]
     flags += ["--arena-log-text"] if arguments.arena_log_text else []
+    flags += [f"--allowed-hosts={','.join(arguments.allowed_hosts)}"] if arguments.allowed_hosts else []
     return [*flags, *(["--ssl"] if arguments.ssl else [])]
 
 

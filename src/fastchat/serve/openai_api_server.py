@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import structlog
 
 from fastchat.arena.routes import Arena, ArenaConfig
-from fastchat.config import is_loopback, read_environment
+from fastchat.config import is_loopback, parse_host, read_environment
 from fastchat.errors import ConfigError
 from fastchat.gateway.app import create_api_app
 from fastchat.gateway.config import ApiServerConfig, CorsConfig
@@ -66,6 +66,14 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         type=flag_type(_parse_keys, join=",".join),
         metavar="KEY[,KEY...]",
         help="keys that clients must send, comma separated, beside those of `fastchat keys` (default: none)",
+    )
+    parser.add_argument(
+        "--allowed-hosts",
+        type=flag_type(_parse_names, join=",".join),
+        default=[],
+        metavar="NAME[,NAME...]",
+        help="names that may stand in Host while no key is needed, beside localhost and addresses (default: none; any "
+        "where --host is not this machine alone)",
     )
     parser.add_argument(
         "--allow-credentials", action="store_true", help="CORS: let web pages send credentials (default: off)"
@@ -130,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         controller_address=arguments.controller_address,
         api_keys=tuple(arguments.api_keys or ()),
         key_store_path=key_store_path,
+        allowed_hosts=_allowed_hosts(arguments),
         cors=CorsConfig(
             allow_credentials=arguments.allow_credentials,
             allowed_origins=tuple(arguments.allowed_origins),
@@ -142,6 +151,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arena = ArenaConfig(environment.state_dir / ARENA_FILE, logs_text=arguments.arena_log_text)
     app = create_api_app(config, [mounted_arena(arena)])
     return run_server(app, listeners, tls=tls, drain_s=arguments.drain_timeout, has_websockets=False)
+
+
+def _allowed_hosts(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """Who listens for others has a name in their network that is not known here, unless it is told."""
+    if not arguments.allowed_hosts and not is_loopback(arguments.host):
+        return None
+    return (arguments.host, *arguments.allowed_hosts)
 
 
 def _warn_of_open_door(host: str) -> None:
@@ -158,6 +174,10 @@ def _parse_keys(text: str) -> list[str]:
     if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
         raise ConfigError("give keys of printable ASCII without spaces, separated by single commas.")
     return keys
+
+
+def _parse_names(text: str) -> list[str]:
+    return [parse_host(name) for name in text.split(",")]
 
 
 def _parse_json_list(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from fastchat.config import read_environment
 from fastchat.errors import EngineError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.ops.logs import configure_logging, log_arguments
-from fastchat.serve.arguments import tls_files
+from fastchat.serve.arguments import tls_files, warn_of_plain_listener
 from fastchat.serve.http_server import bind_listeners, run_server
 from fastchat.serve.worker_arguments import log_level, obey_early_flags, worker_config
 from fastchat.worker.config import ModelSpec
@@ -23,6 +23,7 @@ def run_worker(process_name: str, arguments: argparse.Namespace, models: tuple[M
     environment = read_environment()
     tls = tls_files(arguments, environment)
     listeners = bind_listeners(arguments.host, arguments.port)
+    warn_of_plain_listener(arguments)
     config = worker_config(arguments, environment, listeners, models)
     for spec in models:
         Checkpoint.open(spec.path)
