@@ -38,7 +38,7 @@ def test_rms_norm_equals_that_of_transformers(form, num_threads, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gated_silu_equals_that_of_transformers(form, num_threads, shape, dtype):
+def test_gated_silu_equals_that_of_transformers(form, shape, dtype):
     """Also far out, where its exponential would overflow."""
     rows = draw((shape[0], shape[1] * 2), dtype)
     rows[0, 0], rows[-1, 1] = 300, -300
@@ -49,7 +49,7 @@ def test_gated_silu_equals_that_of_transformers(form, num_threads, shape, dtype)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 64, 128])
 @pytest.mark.parametrize("family", ["llama", "glm"])
-def test_rotary_equals_that_of_transformers(form, num_threads, family, head_dim, dtype):
+def test_rotary_equals_that_of_transformers(form, family, head_dim, dtype):
     """In place on queries and keys within a packed row; what is not rotated stays."""
     num_tokens, num_heads, num_kv_heads = 37, 6, 2
     packed = draw((num_tokens, (num_heads + 2 * num_kv_heads) * head_dim), dtype)

@@ -758,6 +758,7 @@ struct Decoding {
 };
 
 constexpr int64_t PART = 512, TILE = 64;
+constexpr int VALUE_ROWS = LANES == 16 ? 6 : 2;  // by 4 registers of values
 
 struct Part {
     int32_t sequence, index, num_parts;
@@ -896,8 +897,8 @@ void attend_part(const Cache& cache, const Decoding& decoding, const Part& part,
             slots[i] = blocks[(first + i) / cache.block_size] * cache.block_size + (first + i) % cache.block_size;
         score_tile<Dot>(query, group, keys, slots, count, head_dim, scores);
         weigh_tile(scores, group, count, decoding.scaling, state, factors);
-        Cut::tiles(0, group, 4, [&](int64_t row, int64_t tile_rows) {
-            with_rows<4>(tile_rows, [&](auto tile) {
+        Cut::tiles(0, group, VALUE_ROWS, [&](int64_t row, int64_t tile_rows) {
+            with_rows<VALUE_ROWS>(tile_rows, [&](auto tile) {
                 add_all_values<Element, decltype(tile)::value>(
                     values, slots, count, head_dim, scores + row * TILE, factors + row, state.sums + row * head_dim);
             });

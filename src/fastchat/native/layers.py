@@ -69,6 +69,8 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, *, is_interleaved: boo
     library = kernels()
     num_tokens, num_heads, head_dim = heads.shape
     half = cosines.shape[1]
+    assert cosines.shape == sines.shape == (num_tokens, half)
+    assert 2 * half <= head_dim
     is_packed = heads.stride(2) == 1 and (num_heads == 1 or heads.stride(1) == head_dim)
     if library is None or not is_packed or _are_for_torch(cosines, sines) or heads.dtype != cosines.dtype:
         _rotate_in_torch(heads, cosines, sines, is_interleaved=is_interleaved)

@@ -7,8 +7,9 @@ T rows, K inputs, N outputs, G inputs per group; rows are float32, bfloat16 or f
     int4   packed (N, K' / 2) uint8, scales (N, K' / G) float32; G is 32 or a multiple of 64
 
 For int8 and int4 the rows are quantized too, each with its own scale; `torch_products` defines the stored forms and the
-results. The C++ kernels give a row the same numbers alone and in any batch, at any number of threads; int8 results are
-those of `torch_products` bit for bit. They read a weight as torch holds it: there is one copy for every row count.
+results. The C++ kernels give a row the same numbers alone and in any batch, at any number of threads (above `MAX_ROWS`
+some plain products are torch's); int8 results are those of `torch_products` bit for bit. They read a weight as torch
+holds it: there is one copy for every row count.
 """
 
 from __future__ import annotations
@@ -23,23 +24,28 @@ from fastchat.native.torch_products import UNIT, pack_int4, quantize_rows, unpac
 
 __all__ = ["multiply", "multiply_int4", "multiply_int8", "pack_int4", "quantize_rows", "unpack_int4"]
 
-MAX_ROWS_BESIDE_TILES = 32
-"""With matrix tiles (AMX) torch's product is faster above this many rows, where reading the weight no longer counts."""
+MAX_ROWS = 32
+"""Up to here our product is the faster one for every type (measured); above it torch's is, but for bfloat16 on CPUs
+without matrix tiles (AMX)."""
 
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """rows (T, K), weight (N, K), bias (N,) -> (T, N)."""
     library = kernels()
-    if library is None or not _can_take(rows, weight, bias) or weight.dtype != rows.dtype or _are_for_tiles(rows):
+    if library is None or not _can_take(rows, weight, bias) or weight.dtype != rows.dtype or _are_for_torch(rows):
         return _keep(linear(rows, weight, bias), out)
-    rows, result = rows.contiguous(), _result(rows, len(weight), out)
+    (num_rows, num_inputs), num_outputs = rows.shape, weight.shape[0]
+    assert weight.shape[1] == num_inputs
+    rows, result = rows.contiguous(), _result(rows, num_outputs, out)
     library.fastchat_multiply(
         ELEMENTS[rows.dtype],
         rows.data_ptr(),
         weight.data_ptr(),
         _address(bias),
         result.data_ptr(),
-        *(len(rows), *weight.shape),
+        num_rows,
+        num_outputs,
+        num_inputs,
         torch.get_num_threads(),
     )
     return result
@@ -52,7 +58,11 @@ def multiply_int8(
     library = kernels()
     if library is None or not _can_take(rows, weight, bias):
         return _keep(torch_products.multiply_int8(rows, weight, scales, bias), out)
-    rows, result = rows.contiguous(), _result(rows, len(weight), out)
+    (num_rows, num_inputs), num_outputs = rows.shape, weight.shape[0]
+    assert weight.shape[1] == num_inputs
+    assert weight.dtype == torch.int8
+    assert scales.numel() == num_outputs
+    rows, result = rows.contiguous(), _result(rows, num_outputs, out)
     library.fastchat_multiply_int8(
         ELEMENTS[rows.dtype],
         rows.data_ptr(),
@@ -60,7 +70,9 @@ def multiply_int8(
         _float32_address(scales),
         _address(bias),
         result.data_ptr(),
-        *(len(rows), *weight.shape),
+        num_rows,
+        num_outputs,
+        num_inputs,
         torch.get_num_threads(),
     )
     return result
@@ -74,7 +86,11 @@ def multiply_int4(
     group_size = packed.shape[1] * 2 // scales.shape[1]
     if library is None or not _can_take(rows, packed, bias) or (group_size != UNIT // 2 and group_size % UNIT):
         return _keep(torch_products.multiply_int4(rows, packed, scales, bias), out)
-    rows, result = rows.contiguous(), _result(rows, len(packed), out)
+    (num_rows, num_inputs), num_outputs = rows.shape, packed.shape[0]
+    assert packed.shape[1] * 2 == -(-num_inputs // UNIT) * UNIT
+    assert packed.dtype == torch.uint8
+    assert scales.shape[0] == num_outputs
+    rows, result = rows.contiguous(), _result(rows, num_outputs, out)
     library.fastchat_multiply_int4(
         ELEMENTS[rows.dtype],
         rows.data_ptr(),
@@ -82,7 +98,10 @@ def multiply_int4(
         _float32_address(scales),
         _address(bias),
         result.data_ptr(),
-        *(*rows.shape[:1], len(packed), rows.shape[1], scales.shape[1]),
+        num_rows,
+        num_outputs,
+        num_inputs,
+        scales.shape[1],
         torch.get_num_threads(),
     )
     return result
@@ -96,19 +115,19 @@ def _can_take(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and rows.numel() > 0
         and weight.is_cpu
         and weight.is_contiguous()
-        and (bias is None or (bias.dtype == rows.dtype and bias.is_contiguous()))
+        and (bias is None or (bias.dtype == rows.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
     )
 
 
-def _are_for_tiles(rows: Tensor) -> bool:
-    return rows.shape[0] > MAX_ROWS_BESIDE_TILES and rows.dtype == torch.bfloat16 and "amx_bf16" in cpu_flags()
+def _are_for_torch(rows: Tensor) -> bool:
+    return rows.shape[0] > MAX_ROWS and (rows.dtype != torch.bfloat16 or "amx_bf16" in cpu_flags())
 
 
 def _result(rows: Tensor, num_outputs: int, out: Tensor | None) -> Tensor:
     if out is None:
-        return rows.new_empty((len(rows), num_outputs))
-    assert out.shape == (len(rows), num_outputs)
+        return rows.new_empty((rows.shape[0], num_outputs))
+    assert out.shape == (rows.shape[0], num_outputs)
     assert out.dtype == rows.dtype
     assert out.is_contiguous()
     return out
