@@ -45,7 +45,7 @@ def test_converted_and_quantized_on_load_are_the_same_bits(
     assert torch.equal(logits_after(tmp_path / "new"), expected)
     assert torch.equal(logits_after(tmp_path / "new", quantization), expected)
     assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1
-    assert inspect_checkpoint(Checkpoint.open(tmp_path / "new")).weights.layout == "safetensors"
+    assert inspect_checkpoint(Checkpoint.open(tmp_path / "new")).footprint.layout == "safetensors"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -114,7 +114,7 @@ def test_the_reference_checkpoint_is_converted_by_the_command(
     original = inspect_checkpoint(Checkpoint.open(FOLDER / "chatglm2-tiny"))
     assert inspection.prompt_format == original.prompt_format
     # Rows are filled up to whole units, which the headers cannot tell from weights.
-    assert inspection.weights.num_parameters == pytest.approx(original.weights.num_parameters, rel=1e-3)
+    assert inspection.footprint.num_parameters == pytest.approx(original.weights.num_parameters, rel=1e-3)
 
 
 def break_file(folder: Path) -> None:
