@@ -30,6 +30,7 @@ CALENDAR = {
     "terminal/local_talker.py": "the answer's `created`",
     "serve/keys_command.py": "when a key was made, until which day it holds",
     "ops/keys.py": "until which day a key holds",
+    "arena/records.py": "when a vote was cast",
 }
 """Where the calendar's clock is right, and for what. No wait, lease or deadline is among them."""
 
