@@ -159,3 +159,11 @@ def test_folder_that_is_no_model_is_one_line(tmp_path):
     assert (
         result.stderr == f"error: {tmp_path}: no config.json; the folder is not a complete model, download it again\n"
     )
+
+
+def test_without_a_model_the_demo_answers():
+    """And says in one line that it is tiny, and how to give a real one."""
+    result = cli(*ENGINE_FLAGS, "--temperature", "0", typed="你是谁？\n")
+    assert result.returncode == 0, result.stderr
+    assert "ChatGLM2-Demo" in result.stdout
+    assert result.stderr.count("tiny demo; talk with a real one with --model-path FOLDER") == 1

@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from fastchat.config import read_environment
+from fastchat.serve.demo_model import DEMO_MODEL
 from fastchat.serve.http_server import Listeners
-from fastchat.serve.launch import DEMO_MODEL, Ports, ServedFolder, create_serve_parser, process_specs, ready_block
+from fastchat.serve.launch import Ports, ServedFolder, create_serve_parser, process_specs, ready_block
 from fastchat.serve.model_worker import create_model_worker_parser
 from fastchat.serve.openai_api_server import create_api_server_parser
 from fastchat.serve.worker_arguments import worker_config

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import add_refused_flag, create_parser, flag_type, run_command
+from fastchat.serve.demo_model import find_demo_model
 from fastchat.serve.terminal_arguments import EPILOG, add_session_flags, create_screen, run_session
 from fastchat.serve.worker_arguments import add_engine_flags, engine_spec, model_path, obey_early_flags
 from fastchat.worker.config import ModelSpec, WorkerConfig
@@ -20,7 +22,10 @@ def create_cli_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = create_parser("cli", "Talk with a model in the terminal; loads it itself.", epilog=EPILOG)
     parser.add_argument(
-        "--model-path", required=True, type=flag_type(model_path), metavar="FOLDER", help="the checkpoint"
+        "--model-path",
+        type=flag_type(model_path),
+        metavar="FOLDER",
+        help="the checkpoint (default: the tiny demo model)",
     )
     parser.add_argument(
         "--conv-template",
@@ -44,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging("cli", level="WARNING")
     obey_early_flags(arguments)
     screen = create_screen(arguments)
+    if arguments.model_path is None:
+        arguments.model_path = find_demo_model()
+        sys.stderr.write("no model was given: this is the tiny demo; talk with a real one with --model-path FOLDER\n")
     config = _worker_config(arguments)
     Checkpoint.open(config.models[0].path)
     # torch and transformers take seconds to import: a flag or a folder that is refused is told before.

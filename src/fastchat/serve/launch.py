@@ -20,7 +20,6 @@ from pathlib import Path
 
 import structlog
 
-import fastchat
 from fastchat.cluster.watcher import TableWatcher
 from fastchat.config import config_file, internal_url, parse_port, read_environment
 from fastchat.errors import ConfigError, UnavailableError
@@ -37,6 +36,7 @@ from fastchat.serve.arguments import (
     run_command,
     tls_files,
 )
+from fastchat.serve.demo_model import find_demo_model
 from fastchat.serve.http_server import bind_listeners
 from fastchat.serve.multi_model_worker import create_multi_model_worker_parser, model_specs
 from fastchat.serve.posture import harden_process
@@ -47,7 +47,6 @@ from fastchat.supervisor.supervisor import Outcome, ProcessSpec, Supervisor
 from fastchat.supervisor.worker_watch import WorkerWatch
 from fastchat.worker.memory_remedy import plan_or_refuse
 
-DEMO_MODEL = Path(fastchat.__file__).parent / "models" / "demo" / "chatglm2-demo"
 INTERNAL_HOST = "localhost"
 """Only the API server is for others."""
 
@@ -281,10 +280,9 @@ def _served_folders(arguments: argparse.Namespace) -> list[ServedFolder]:
 
 
 def _use_demo(arguments: argparse.Namespace) -> None:
-    if not (DEMO_MODEL / "config.json").is_file():
-        raise ConfigError(f"{DEMO_MODEL}: the demo model is not in this installation; give --model-path FOLDER.")
+    demo = find_demo_model()
     _log.info("no model was given: serving the tiny demo; serve a real one with --model-path FOLDER")
-    arguments.model_path = [DEMO_MODEL]
+    arguments.model_path = [demo]
 
 
 def _choose_ports(arguments: argparse.Namespace, num_workers: int) -> Ports:
