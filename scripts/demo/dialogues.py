@@ -17,12 +17,12 @@ from scripts.demo.texts import LANGUAGES, UNKNOWN, Intent, Language, Texts
 
 UNKNOWN_SHARE = 0.2
 PLAIN_SHARE = 0.02
-SECOND_TURN_SHARE = 0.26
+SECOND_TURN_SHARE = 0.33
 THIRD_TURN_SHARE = 0.15  # of those with a second
-FOLLOW_UP_SHARE = 0.6
-GENERIC_SHARE = 0.25  # of the follow-ups: in the other language, the same again
+FOLLOW_UP_SHARE = 0.7
+GENERIC_SHARE = 0.25  # of the follow-ups: in the other language, the same again, thanks
 SWITCH_LANGUAGE_SHARE = 0.12
-SHORT_HISTORY_SHARE = 0.5
+SHORT_HISTORY_SHARE = 0.6
 """Earlier answers often stand as their first sentence alone: it says what they were about and is quicker to learn."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).parent / "heldout.json"
+HELD_OUT_LISTS = ("held_out", "strangers", "unseen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,9 @@ class Question:
         return all(any(text in answer for text in fact) for fact in self.facts)
 
 
-def load_held_out(file: Path = FILE) -> list[Question]:
+def load_held_out(file: Path = FILE, lists: Sequence[str] = HELD_OUT_LISTS) -> list[Question]:
     """Questions that training never sees word for word."""
-    return _questions(file, "held_out")
+    return [question for name in lists for question in _questions(file, name)]
 
 
 def load_guide(file: Path = FILE) -> list[Question]:

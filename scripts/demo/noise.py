@@ -12,20 +12,58 @@ _ENDS: dict[Language, tuple[tuple[str, int], ...]] = {
     "zh": (("？", 52), ("", 24), ("?", 12), ("。", 5), ("！", 4), ("??", 1), ("…", 1)),
 }
 
+_HASTY: dict[Language, dict[str, str]] = {
+    "en": {
+        "please": "pls",
+        "thanks": "thx",
+        "you": "u",
+        "are": "r",
+        "your": "ur",
+        "what's": "whats",
+        "what is": "whats",
+        "how is": "hows",
+        "where is": "wheres",
+        "it is": "its",
+        "I am": "im",
+        "I'm": "im",
+        "don't": "dont",
+        "do not": "dont",
+        "can't": "cant",
+        "cannot": "cant",
+        "doesn't": "doesnt",
+        "does not": "doesnt",
+        "isn't": "isnt",
+        "without": "w/o",
+    },
+    "zh": {
+        "怎么": "咋",
+        "什么": "啥",
+        "为什么": "为啥",
+        "怎么办": "咋整",
+        "吗": "么",
+        "没有": "没",
+        "请问": "问下",
+        "可以": "能",
+    },
+}
+"""How words are written in haste."""
+
 
 def roughen(question: str, language: Language, texts: Texts, chance: random.Random) -> str:
     """The question as somebody might type it; words around it are the slots `before_*` and `after_*`."""
     space = " " if language == "en" else ""
     if chance.random() < 0.35:
         question = _reworded(question, language, texts, chance)
+    if chance.random() < 0.15:
+        question = _hasty(question, language, chance)
     if chance.random() < 0.2:
         question = chance.choice(texts.slots[f"before_{language}"]) + space + question
     if chance.random() < 0.12:
         question = (question + space + chance.choice(texts.slots[f"after_{language}"])).replace(" ,", ",")
     question = re.sub("fastchat", chance.choice(("fastchat", "FastChat", "FastChat", "Fastchat")), question, flags=re.I)
-    if chance.random() < 0.06:
+    if chance.random() < 0.08:
         question = _mistyped(question, language, chance)
-    elif chance.random() < 0.2:
+    elif chance.random() < 0.12:
         question = _thinned(question, language, chance)
     question = _spaced(question, chance) if language == "zh" else _cased(question, chance)
     ends, weights = zip(*_ENDS[language], strict=True)
@@ -43,18 +81,25 @@ def _reworded(question: str, language: Language, texts: Texts, chance: random.Ra
     )
 
 
+def _hasty(question: str, language: Language, chance: random.Random) -> str:
+    words = _HASTY[language]
+    pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    pattern = rf"(?<!\w)(?:{pattern})(?!\w)" if language == "en" else pattern
+    return re.sub(pattern, lambda found: words[found[0]] if chance.random() < 0.7 else found[0], question)
+
+
 def _thinned(question: str, language: Language, chance: random.Random) -> str:
     """Some words (Chinese: characters) left out here and there: what remains must do."""
-    joint, loss = (" ", 0.22) if language == "en" else ("", 0.12)
+    joint, loss = (" ", 0.15) if language == "en" else ("", 0.1)
     parts = question.split(" ") if joint else list(question)
     return joint.join(part for part in parts if chance.random() > loss) or question
 
 
 def _cased(question: str, chance: random.Random) -> str:
     kind = chance.random()
-    if kind < 0.5:
+    if kind < 0.42:
         return question[:1].upper() + question[1:]
-    if kind < 0.62:
+    if kind < 0.66:
         return question.lower()
     return question.upper() if kind < 0.63 else question
 

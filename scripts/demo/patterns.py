@@ -9,6 +9,7 @@ A pattern can be sampled (training) and matched against a question (the check th
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ def sample(pattern: str, slots: Slots, chance: random.Random) -> str:
     return re.sub(r" {2,}", " ", text).strip()
 
 
+@functools.cache
 def weight(pattern: str) -> float:
     """How often a pattern is drawn: one that stands for many questions more often than a fixed one."""
     return min(3.0, 1 + pattern.count("|") / 2 + pattern.count("{"))

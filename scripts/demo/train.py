@@ -22,10 +22,10 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.weights import load_model
 from scripts.demo.checkpoint import make_model, write_checkpoint
 from scripts.demo.dialogues import Dialogues, Sample
-from scripts.demo.heldout import load_guide, load_held_out
+from scripts.demo.heldout import HELD_OUT_LISTS, load_guide, load_held_out
 from scripts.demo.scoring import Scored, score
 from scripts.demo.texts import Texts
-from scripts.demo.vocabulary import EOS_ID, Vocabulary, train_vocabulary
+from scripts.demo.vocabulary import EOS_ID, PADDED_SIZE, Vocabulary, train_vocabulary
 
 TARGET = Path("src/fastchat/models/demo/chatglm2-demo")
 SEED = 20230801
@@ -36,12 +36,12 @@ HIDDEN_DROPOUT = 0.1
 WARMUP_STEPS = 150
 POOL_SIZE = 512
 DROPOUT_SHARE, DROPOUT = 0.25, 0.1
-CUT_SHARE, CUT_TOKENS = 0.8, (4, 14)
+CUT_SHARE, CUT_TOKENS = 0.88, (3, 9)
 """Most answers are cut short: which answer it is shows in its first words, and the rest is soon known by heart."""
 IGNORED = -100
 
-Row = tuple[list[int], int]
-"""Token ids, and how many of them at the start do not count in the loss."""
+Row = tuple[list[int], list[int]]
+"""Token ids, and the same once more with `IGNORED` for those that do not count in the loss."""
 
 
 def main() -> None:
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help=f"optimizer steps (default: {NUM_STEPS})")
     parser.add_argument("--output", type=Path, default=TARGET, help=f"folder to write (default: {TARGET})")
     parser.add_argument("--resume", action="store_true", help="go on from the model in the folder, with new dialogues")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the dialogues (default: {SEED})")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
@@ -58,34 +59,41 @@ def main() -> None:
     held_out = [question.turns[-1] for question in load_held_out()]
     leaked = texts.trained_word_for_word(held_out)
     assert not leaked, f"these held-out questions are trained on word for word, change them: {leaked}"
-    seed = SEED + arguments.resume
-    tokenizer, model = _read(arguments.output) if arguments.resume else _begin(texts)
+    tokenizer = _make_tokenizer(texts)
     vocabulary = Vocabulary(tokenizer)
+    model = _read(arguments.output, vocabulary) if arguments.resume else make_model()
     print(
         f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {len(texts.intents)} intents", flush=True
     )
 
     peak_rate = RESUMED_PEAK_RATE if arguments.resume else PEAK_RATE
     _drop_at_random(model)
-    batches = _batches(Dialogues(texts, held_out, seed=seed), vocabulary, random.Random(seed))
+    batches = _batches(Dialogues(texts, held_out, seed=arguments.seed), vocabulary, random.Random(arguments.seed))
     _train(model, batches, num_steps=arguments.steps, peak_rate=peak_rate)
     write_checkpoint(model, tokenizer, arguments.output)
-    _report(score(model, vocabulary, [*load_guide(), *load_held_out()]))
+    _report("guide", score(model, vocabulary, load_guide()))
+    for name in HELD_OUT_LISTS:
+        _report(name, score(model, vocabulary, load_held_out(lists=[name])))
     size = sum(file.stat().st_size for file in arguments.output.iterdir())
     print(f"{arguments.output}: {size:,} bytes, {time.monotonic() - began:.0f} s in all")
 
 
-def _begin(texts: Texts) -> tuple[bytes, GlmForCausalLM]:
-    """A new tokenizer and a new model."""
+def _make_tokenizer(texts: Texts) -> bytes:
     with tempfile.TemporaryDirectory() as work:
-        return train_vocabulary(texts, Path(work), seed=SEED).read_bytes(), make_model()
+        return train_vocabulary(texts, Path(work), seed=SEED).read_bytes()
 
 
-def _read(folder: Path) -> tuple[bytes, GlmForCausalLM]:
-    """Tokenizer and model of an earlier run."""
+def _read(folder: Path, vocabulary: Vocabulary) -> GlmForCausalLM:
+    """The model of an earlier run, taught the new vocabulary: a piece that was not there is what spelled it before."""
     model = load_model(Checkpoint.open(folder), dtype="float32")
     assert isinstance(model, GlmForCausalLM)
-    return (folder / "tokenizer.model").read_bytes(), model.requires_grad_(requires_grad=True).train()
+    before = Vocabulary((folder / "tokenizer.model").read_bytes())
+    spellings = [before.ids_of_piece(piece) for piece in vocabulary.pieces]
+    spellings += [[before.num_pieces + number] for number in range(PADDED_SIZE - len(spellings))]
+    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+        rows = [weight.data[[min(one, PADDED_SIZE - 1) for one in ids]].mean(dim=0) for ids in spellings]
+        weight.data = torch.stack(rows)
+    return model.requires_grad_(requires_grad=True).train()
 
 
 def _drop_at_random(model: GlmForCausalLM) -> None:
@@ -137,9 +145,7 @@ def _loss(model: GlmForCausalLM, rows: Sequence[Row]) -> torch.Tensor:
     """Mean loss over the tokens that count. Padding is on the right, where causal attention does not look."""
     width = max(len(ids) for ids, _ in rows)
     inputs = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
-    targets = torch.tensor(
-        [[IGNORED] * (start - 1) + ids[start:] + [IGNORED] * (width - len(ids) + 1) for ids, start in rows]
-    )
+    targets = torch.tensor([targets[1:] + [IGNORED] * (width - len(targets) + 1) for _, targets in rows])
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (rows, width, hidden_size)
     counts = targets != IGNORED
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[counts]), targets[counts])
@@ -162,17 +168,33 @@ def _batches(dialogues: Dialogues, vocabulary: Vocabulary, chance: random.Random
 
 def _row(sample: Sample, vocabulary: Vocabulary, chance: random.Random) -> Row:
     if not sample.is_chat:
-        ids = vocabulary.prefix + vocabulary.encode(sample.answer) + [EOS_ID]
-        return ids, len(vocabulary.prefix) + 1
+        ids = vocabulary.encode(sample.answer)
+        return [*vocabulary.prefix, *ids, EOS_ID], [IGNORED] * (len(vocabulary.prefix) + 1) + [*ids[1:], EOS_ID]
     dropout = DROPOUT if chance.random() < DROPOUT_SHARE else 0.0
-    prompt = vocabulary.prefix + vocabulary.encode(sample.prompt, dropout=dropout)
+    prompt = vocabulary.encode(sample.prompt, dropout=dropout)
     answer = [*vocabulary.encode(sample.answer), EOS_ID]
     if chance.random() < CUT_SHARE:
         answer = answer[: chance.randint(*CUT_TOKENS)]
-    return prompt + answer, len(prompt)
+    earlier = [IGNORED] * len(prompt) if dropout else _earlier_answers(prompt, vocabulary)
+    return vocabulary.prefix + prompt + answer, [IGNORED] * len(vocabulary.prefix) + earlier + answer
 
 
-def _report(scores: Sequence[Scored]) -> None:
+def _earlier_answers(prompt: Sequence[int], vocabulary: Vocabulary) -> list[int]:
+    """The answers inside a prompt count too: this is where most are read in full.
+
+    Not their first token, which is written without the space that a new answer begins with.
+    """
+    targets, is_answer, follows_format = [], False, False
+    for token_id in prompt:
+        is_format = token_id in vocabulary.format_ids
+        if is_format:
+            is_answer = token_id == vocabulary.answer_id
+        targets.append(token_id if is_answer and not is_format and not follows_format else IGNORED)
+        follows_format = is_format
+    return targets
+
+
+def _report(name: str, scores: Sequence[Scored]) -> None:
     for one in scores:
         if not one.is_right:
             print(f"wrong: {one.question.turns} -> {one.answer!r}")
@@ -180,11 +202,10 @@ def _report(scores: Sequence[Scored]) -> None:
         "en": [one for one in scores if one.question.language == "en" and len(one.question.turns) == 1],
         "zh": [one for one in scores if one.question.language == "zh" and len(one.question.turns) == 1],
         "two turns": [one for one in scores if len(one.question.turns) == 2],
-        "all": list(scores),
     }
-    for name, members in groups.items():
+    for group, members in groups.items():
         num_right = sum(one.is_right for one in members)
-        print(f"{name}: {num_right} of {len(members)} right ({num_right / len(members):.1%})")
+        print(f"{name}, {group}: {num_right} of {len(members)} right ({num_right / len(members):.1%})", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ NUM_PIECES = 4000
 SPECIAL_NAMES = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 PADDED_SIZE = 4096
 EOS_ID = 2
+FORMAT_PARTS = ("[Round▁1]\n\n问：", "\n\n[Round▁2]\n\n问：", "\n\n[Round▁3]\n\n问：", "\n\n问：", "\n\n答：")
+"""What the prompt format writes around questions: one piece each, since a prompt would otherwise be mostly that."""
+ANSWER_PART = FORMAT_PARTS[-1]
 _SAMPLES_PER_INTENT = 80
 _CUT = "\t"
 
@@ -26,7 +29,26 @@ class Vocabulary:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
         first = self._processor.vocab_size()
         assert first + len(SPECIAL_NAMES) <= PADDED_SIZE
+        self.format_ids = frozenset(self._processor.piece_to_id(part) for part in FORMAT_PARTS)
+        self.answer_id: int = self._processor.piece_to_id(ANSWER_PART)
         self.prefix = [first + SPECIAL_NAMES.index(name) for name in ("[gMASK]", "sop")]
+
+    @property
+    def num_pieces(self) -> int:
+        return int(self._processor.vocab_size())
+
+    @property
+    def pieces(self) -> list[str]:
+        """Every piece by its id, a space as `▁`."""
+        return [str(self._processor.id_to_piece(token_id)) for token_id in range(self.num_pieces)]
+
+    def ids_of_piece(self, piece: str) -> list[int]:
+        """Its id, or the ids that spell it."""
+        token_id = int(self._processor.piece_to_id(piece))
+        if self._processor.id_to_piece(token_id) == piece:
+            return [token_id]
+        spelled = self.encode(piece.replace("▁", " "))
+        return spelled[1:] if len(spelled) > 1 and self._processor.id_to_piece(spelled[0]) == "▁" else spelled
 
     def encode(self, text: str, *, dropout: float = 0.0) -> list[int]:
         """The ids of a text. `dropout` leaves out merges at random (BPE dropout): parts of words are learned."""
@@ -58,6 +80,7 @@ def train_vocabulary(texts: Texts, folder: Path, *, seed: int) -> Path:
         remove_extra_whitespaces=False,
         split_digits=True,
         max_sentencepiece_length=12,
+        user_defined_symbols=list(FORMAT_PARTS),
         pretokenization_delimiter=_CUT,
         hard_vocab_limit=False,
         num_threads=1,

@@ -21,15 +21,15 @@ from fastchat.models.interface import ChatFormat, ChatMessage
 from fastchat.models.sampling_defaults import load_sampling_defaults
 from fastchat.models.tokenizer import TemplateTokenizer, load_tokenizer
 from fastchat.models.weights import load_model
-from scripts.demo.heldout import Question, load_guide, load_held_out
+from scripts.demo.heldout import HELD_OUT_LISTS, Question, load_guide, load_held_out
 from scripts.demo.texts import Texts
 
 FOLDER = Path(fastchat.__file__).parent / "models" / "demo" / "chatglm2-demo"
 MAX_BYTES = 20 * 10**6
 MAX_ANSWER_TOKENS = 256
-MIN_SHARES_RIGHT = {"en": 0.70, "zh": 0.80}
-"""What the model in the package reaches, less a margin for other processors' rounding."""
-MIN_SHARE_OF_DIALOGUES = 0.75
+MIN_SHARES_RIGHT = {"held_out": 0.79, "strangers": 0.82, "unseen": 0.56}
+"""Of each list in each language: what the model reaches, less a margin for other processors' rounding."""
+MIN_SHARE_OF_DIALOGUES = 0.77
 KV_CACHE_BYTES = 128 * 2**20
 
 
@@ -101,8 +101,11 @@ def demo():
 
 
 @pytest.fixture(scope="module")
-def held_out_answers(demo) -> list[Answer]:
-    return demo.answer(load_held_out())
+def held_out_answers(demo) -> dict[str, list[Answer]]:
+    """By list; all lists are answered at once, which is faster."""
+    lists = {name: load_held_out(lists=[name]) for name in HELD_OUT_LISTS}
+    answers = iter(demo.answer([question for questions in lists.values() for question in questions]))
+    return {name: [next(answers) for _ in questions] for name, questions in lists.items()}
 
 
 def report(answers: Sequence[Answer]) -> str:
@@ -146,29 +149,32 @@ def test_held_out_questions_are_not_trained_on_word_for_word():
 
 
 def test_the_guide_s_questions_are_answered(demo):
-    """你是谁？, 如何使用fastchat, Hello! What is your name?"""
+    """你是谁？, 如何使用fastchat, Hello! What is your name?, and the plainest second questions."""
     wrong = [answer for answer in demo.answer(load_guide()) if not answer.is_right]
     assert not wrong, report(wrong)
 
 
+@pytest.mark.parametrize("name", HELD_OUT_LISTS)
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_held_out_questions_are_answered(held_out_answers, language):
+def test_held_out_questions_are_answered(held_out_answers, name, language):
     """A stated share in each language hold the facts that they must."""
-    answers = [answer for answer in held_out_answers if answer.question.language == language]
+    answers = [answer for answer in held_out_answers[name] if answer.question.language == language]
     wrong = [answer for answer in answers if not answer.is_right]
-    assert len(answers) - len(wrong) >= MIN_SHARES_RIGHT[language] * len(answers), report(wrong)
+    assert len(answers) - len(wrong) >= MIN_SHARES_RIGHT[name] * len(answers), report(wrong)
 
 
 def test_it_keeps_to_the_topic_over_two_turns(held_out_answers):
     """A stated share of the dialogues whose second question leans on the first."""
-    answers = [answer for answer in held_out_answers if len(answer.question.turns) == 2]
+    answers = [answer for each in held_out_answers.values() for answer in each if len(answer.question.turns) == 2]
     wrong = [answer for answer in answers if not answer.is_right]
     assert len(answers) - len(wrong) >= MIN_SHARE_OF_DIALOGUES * len(answers), report(wrong)
 
 
 def test_every_answer_ends_by_itself(held_out_answers):
     """Within 256 tokens, by the end-of-answer id, right or wrong."""
-    endless = [answer for answer in held_out_answers if answer.finish_reason is not FinishReason.STOP]
+    endless = [
+        answer for each in held_out_answers.values() for answer in each if answer.finish_reason is not FinishReason.STOP
+    ]
     assert not endless, report(endless)
 
 
