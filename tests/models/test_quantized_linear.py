@@ -18,6 +18,7 @@ from fastchat.models.quantized_linear import (
     multiply_int8_on_device,
 )
 from fastchat.models.stored_form import GROUP_SIZES
+from fastchat.native import torch_products
 from fastchat.native.products import multiply_int4, multiply_int8
 
 CPU = torch.device("cpu")
@@ -70,6 +71,20 @@ def test_rounding_a_weight_costs_what_the_docstring_says(form: str, bound: float
     assert 0.9 * bound < error < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_products_in_plain_torch_keep_rows_apart_too(shape: Any, dtype: Any) -> None:
+    """What runs where no compiler is."""
+    weight, rows = random_weight(*shape), random_rows(41, shape[1], dtype)
+    crowd = torch.cat((rows[:5] * 100.0, rows))
+    for multiply, stored in (
+        (torch_products.multiply_int8, quantize_int8(weight, CPU)),
+        (torch_products.multiply_int4, quantize_int4(weight, 32, CPU)),
+    ):
+        alone = torch.cat([multiply(row[None], *stored) for row in rows])
+        assert torch.equal(multiply(crowd, *stored)[5:], alone)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_that_the_codes_can_say_are_kept_exactly(form: str) -> None:
     """Codes times a scale that is a power of two come back as they were."""
@@ -115,7 +130,9 @@ def test_the_accelerators_int8_product_is_the_cpus(shape: Any, dtype: Any, num_r
     """Sums of whole numbers, so the same bits, at sizes that have to be filled up too."""
     weight, scales = quantize_int8(random_weight(*shape), CPU)
     rows = random_rows(num_rows, shape[1], dtype)
-    assert torch.equal(multiply_int8_on_device(rows, weight, scales), multiply_int8(rows, weight, scales))
+    for bias in (None, torch.randn(shape[0]).to(dtype)):
+        expected = multiply_int8(rows, weight, scales, bias)
+        assert torch.equal(multiply_int8_on_device(rows, weight, scales, bias), expected)
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -126,9 +143,10 @@ def test_the_accelerators_int4_product_is_that_of_the_held_weight(shape: Any, gr
     linear = make_linear(f"int4 {group_size}", weight)
     assert isinstance(linear, Int4Linear)
     rows = random_rows(9, shape[1])
-    expected = rows @ held_weight(linear).t()
+    bias = torch.randn(shape[0])
+    expected = rows @ held_weight(linear).t() + bias
     for num_values in (2**24, 2048):
-        found = multiply_int4_on_device(rows, linear.packed, linear.scales, max_unpacked_values=num_values)
+        found = multiply_int4_on_device(rows, linear.packed, linear.scales, bias, max_unpacked_values=num_values)
         assert torch.allclose(found, expected, atol=1e-5)
-    on_cpu = multiply_int4(rows, linear.packed, linear.scales)
+    on_cpu = multiply_int4(rows, linear.packed, linear.scales, bias)
     assert (on_cpu - expected).norm() / expected.norm() < 0.02

@@ -19,7 +19,14 @@ import pytest
 from fastchat.config import read_environment
 from fastchat.serve.demo_model import DEMO_MODEL
 from fastchat.serve.http_server import Listeners
-from fastchat.serve.launch import Ports, ServedFolder, create_serve_parser, process_specs, ready_block
+from fastchat.serve.launch import (
+    Ports,
+    ServedFolder,
+    create_serve_parser,
+    process_specs,
+    ready_block,
+    serving_flags,
+)
 from fastchat.serve.model_worker import create_model_worker_parser
 from fastchat.serve.openai_api_server import create_api_server_parser
 from fastchat.serve.worker_arguments import worker_config
@@ -360,3 +367,9 @@ def test_without_a_model_the_demo_answers(tmp_path):
         serving.wait_for_line(r"tiny demo; serve a real one with --model-path")
         serving.wait_for_line("Ctrl-C stops everything")
         assert serving.answer("chatglm2-demo")
+
+
+def test_quantization_is_handed_on_to_every_worker():
+    """All three flags, where they are given."""
+    for flags in (["--load-8bit"], ["--quantize=int4", "--quantize-group-size=32"], []):
+        assert serving_flags(create_serve_parser().parse_args(flags)) == flags

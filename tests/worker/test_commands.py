@@ -12,6 +12,7 @@ from fastchat.serve.model_worker import create_model_worker_parser
 from fastchat.serve.multi_model_worker import create_multi_model_worker_parser, model_specs
 from fastchat.serve.worker_arguments import obey_early_flags, worker_config
 from fastchat.worker.config import ModelSpec
+from tests.checkpoints import write_checkpoint
 from tests.processes import run_command, start_command
 
 
@@ -32,6 +33,26 @@ def test_guides_multi_model_command(checkpoints, tmp_path):
         process.signal(signal.SIGTERM)
         assert process.wait() == 0
         assert token not in process.log
+
+
+@pytest.mark.parametrize(
+    ("flags", "form"),
+    [(["--load-8bit"], "int8"), (["--quantize", "int4", "--quantize-group-size", "32"], "int4")],
+    ids=str,
+)
+def test_quantized_models_answer_from_a_process_of_their_own(tmp_path, flags, form):
+    """The flags reach the engine's process; the log says in which form the weights are held."""
+    folder = write_checkpoint(tmp_path / "chatglm2-6b", "chatglm2")
+    flags = ["--model-path", folder, "--port", "0", "--no-register", "--engine-process", "process", *flags]
+    with start_command("model_worker", *flags, state_dir=tmp_path) as process:
+        process.wait_for_line("worker ready")
+        process.wait_for_line(f"dtype={form}")
+        token = (tmp_path / "cluster-token").read_text().strip()
+        body = {"model": "chatglm2-6b", "prompt": "你好", "max_tokens": 3}
+        headers = {"authorization": f"Bearer {token}"}
+        answer = httpx2.post(f"{process.url}/v1/completions", json=body, headers=headers, timeout=60)
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] >= 1
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., K) -> (..., N), of the type of the inputs."""
         rows = inputs.reshape(-1, self.in_features)
-        outputs = self._multiply(rows)
-        if self.bias is not None:
-            outputs = outputs + self.bias
-        return outputs.view(*inputs.shape[:-1], self.out_features)
+        return self._multiply(rows).view(*inputs.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -59,7 +56,7 @@ class Int8Linear(QuantizedLinear):
 
     def _multiply(self, rows: Tensor) -> Tensor:
         multiply = multiply_int8 if rows.device.type == "cpu" else multiply_int8_on_device
-        return multiply(rows, self.weight, self.scales)
+        return multiply(rows, self.weight, self.scales, self.bias)
 
 
 class Int4Linear(QuantizedLinear):
@@ -74,14 +71,14 @@ class Int4Linear(QuantizedLinear):
 
     def _multiply(self, rows: Tensor) -> Tensor:
         multiply = multiply_int4 if rows.device.type == "cpu" else multiply_int4_on_device
-        return multiply(rows, self.packed, self.scales)
+        return multiply(rows, self.packed, self.scales, self.bias)
 
     def extra_repr(self) -> str:
         """With the group's size."""
         return f"{super().extra_repr()}, group_size={self.packed.shape[1] * 2 // self.scales.shape[1]}"
 
 
-def multiply_int8_on_device(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+def multiply_int8_on_device(rows: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`multiply_int8` by the integer product of an accelerator: sums of whole numbers, so the results are equal."""
     num_rows, num_outputs = len(rows), len(weight)
     quantized, row_scales = quantize_rows(rows)
@@ -89,11 +86,17 @@ def multiply_int8_on_device(rows: Tensor, weight: Tensor, scales: Tensor) -> Ten
     padding = (-weight.shape[1] % INTEGER_MULTIPLE, -num_outputs % INTEGER_MULTIPLE)
     weight = pad(weight, (0, padding[0], 0, padding[1])) if any(padding) else weight
     sums = torch._int_mm(quantized, weight.t())[:num_rows, :num_outputs]  # noqa: SLF001 - its public name is this one
-    return (sums.float() * row_scales * scales).to(rows.dtype)
+    products = sums.float() * row_scales * scales
+    return (products if bias is None else products + bias.float()).to(rows.dtype)
 
 
 def multiply_int4_on_device(
-    rows: Tensor, packed: Tensor, scales: Tensor, *, max_unpacked_values: int = MAX_UNPACKED_VALUES
+    rows: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    max_unpacked_values: int = MAX_UNPACKED_VALUES,
 ) -> Tensor:
     """The product with the weight as floats, some outputs at a time: activations are not quantized at all."""
     num_padded = packed.shape[1] * 2
@@ -103,4 +106,5 @@ def multiply_int4_on_device(
         linear(rows, dequantize_int4(packed[start : start + step], scales[start : start + step]).to(rows.dtype))
         for start in range(0, len(packed), step)
     ]
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    products = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    return products if bias is None else products + bias

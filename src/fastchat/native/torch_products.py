@@ -46,7 +46,9 @@ def multiply_int4(rows: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | N
     weight = unpack_int4(packed).view(len(packed), num_groups, -1).transpose(0, 1)  # (K'/G, N, G)
     # Whole numbers below 2^24 are exact in float32.
     sums = torch.bmm(groups.float(), weight.float().transpose(1, 2))  # (K'/G, T, N)
-    total = (sums * scales.t().unsqueeze(1)).sum(dim=0)
+    total = torch.zeros_like(sums[0])
+    for group in range(num_groups):  # torch's own sum adds in another order for another number of rows
+        total += sums[group] * scales[:, group]
     return _finish(total * row_scales, bias, rows.dtype)
 
 
