@@ -1,7 +1,5 @@
 """The engine's laws with quantized weights: a request's answer is the same alone, in a crowd and after preemption."""
 
-import json
-
 import pytest
 
 from fastchat.engine.engine import Engine, EngineConfig
@@ -9,7 +7,6 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.lean import make_lean
 from fastchat.models.stored_form import Quantization
 from fastchat.models.weights import load_model
-from fastchat.worker.config import EngineSpec
 from fastchat.worker.engine_factory import EnginePlan
 from fastchat.worker.engine_factory import make_engine as make_planned_engine
 from tests.checkpoints import write_checkpoint
@@ -64,11 +61,16 @@ def test_seeded_answers_survive_preemption(folders, quantization):
 @pytest.mark.parametrize("quantization", [None, *FORMS], ids=str)
 def test_a_plan_crosses_a_process_border(folders, quantization):
     """As JSON, the group size with it."""
-    spec = EngineSpec(device="cpu", quantization=quantization, kv_cache_bytes=KV_CACHE_BYTES)
-    plan = EnginePlan.of(folders["chatglm2"], spec)
-    assert EnginePlan.from_json(plan.to_json()) == plan
-    assert json.loads(plan.to_json())["quantization"] == (
-        None if quantization is None else {"name": quantization.name, "group_size": quantization.group_size}
+    plan = EnginePlan(
+        path=str(folders["chatglm2"]),
+        device="cpu",
+        dtype="float32",
+        quantization=quantization,
+        max_context=128,
+        max_batch_tokens=64,
+        max_running=8,
+        kv_cache_bytes=KV_CACHE_BYTES,
     )
-    if quantization is not None:
-        assert make_planned_engine(EnginePlan.from_json(plan.to_json())).limits.dtype == quantization.name
+    assert EnginePlan.from_json(plan.to_json()) == plan
+    expected = "float32" if quantization is None else quantization.name
+    assert make_planned_engine(EnginePlan.from_json(plan.to_json())).limits.dtype == expected

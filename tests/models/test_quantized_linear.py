@@ -117,12 +117,6 @@ def test_joined_rows_give_the_same_bits(form: str, has_bias: bool) -> None:
     assert torch.equal(joined(rows), apart)
 
 
-def test_different_forms_are_not_joined() -> None:
-    linears = [make_linear(form, random_weight(8, 128)) for form in ("int8", "int4 32")]
-    with pytest.raises(TypeError, match="Int4Linear"):
-        join_rows(linears)
-
-
 @pytest.mark.parametrize("num_rows", [1, 16, 17, 33, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
