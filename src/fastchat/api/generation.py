@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastchat.api.choice import Choice, ChoicePlan, Delta, Ending, TextRules
+from fastchat.api.disconnect import ClientLeftError
 from fastchat.api.event_source import EventSource, open_sequences
 from fastchat.api.request_context import RequestContext
 from fastchat.api.served_model import ServedModel
@@ -109,6 +110,8 @@ class Generation:
                     yield
             else:
                 yield  # a resumed answer of which only the end is to be told
+        except ClientLeftError:
+            raise
         except Exception:
             self._has_failed = True
             raise
