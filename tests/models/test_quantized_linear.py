@@ -17,6 +17,7 @@ from fastchat.models.quantized_linear import (
     multiply_int4_on_device,
     multiply_int8_on_device,
 )
+from fastchat.models.row_blocks import for_row_blocks
 from fastchat.models.stored_form import GROUP_SIZES
 from fastchat.native import torch_products
 from fastchat.native.products import multiply_int4, multiply_int8
@@ -144,3 +145,22 @@ def test_the_accelerators_int4_product_is_that_of_the_held_weight(shape: Any, gr
         assert torch.allclose(found, expected, atol=1e-5)
     on_cpu = multiply_int4(rows, linear.packed, linear.scales, bias)
     assert (on_cpu - expected).norm() / expected.norm() < 0.02
+
+
+def test_quantizing_leaves_torchs_threads_as_they_were() -> None:
+    """Though a weight has fewer blocks of rows than there are threads."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        quantize_int8(random_weight(3, 2**17), CPU)
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_a_block_of_rows_raises_comes_out() -> None:
+    def fail(rows: slice) -> None:
+        raise ValueError(str(rows.start))
+
+    with pytest.raises(ValueError, match="0"):
+        for_row_blocks(torch.zeros(64, 2**14), CPU, fail)

@@ -20,7 +20,7 @@ from fastchat.models.row_blocks import for_row_blocks
 from fastchat.models.stored_form import fitting_group, padded_inputs
 from fastchat.native.torch_products import MAX_INT8, MIN_NONZERO, pack_int4, unpack_int4
 
-DIVISORS = (-8.0, -7.5, -8.6, -9.3, -7.0)
+DIVISORS = (-8.0, -8.8, -7.3)
 MIN_INT4, MAX_INT4 = -8, 7
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CPU_BLOCK_VALUES = 2**17
+CPU_BLOCK_VALUES = 2**18
 DEVICE_BLOCK_VALUES = 2**24
 
 
@@ -43,14 +43,15 @@ def _run_on_threads(work: Callable[[slice], None], blocks: Iterator[slice], num_
             errors.append(error)
 
     threads = [threading.Thread(target=run, name=f"rows-{number}", daemon=True) for number in range(num_threads)]
-    torch.set_num_threads(1)
+    num_torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of every thread that begins now
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     finally:
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(num_torch_threads)
     if errors:
         raise errors[0]
 
