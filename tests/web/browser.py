@@ -80,6 +80,7 @@ class Visit:
         self.page.locator("#model input").click()
         names = self.page.get_by_role("option").all_inner_texts()
         self.page.keyboard.press("Escape")
+        self.page.locator("#model input").blur()  # it opens when it gets the focus
         return [name.removeprefix("✓").strip() for name in names]
 
     def open_settings(self) -> None:
@@ -87,7 +88,7 @@ class Visit:
         self.page.locator("#temperature").wait_for()
 
     def set_number(self, name: str, value: float | str) -> None:
-        self.page.locator(f"#{name} input[type=number]").first.fill(str(value))
+        self.page.locator(f"#{name} input[type=number], #{name} textarea, #{name} input").first.fill(str(value))
         self.page.keyboard.press("Tab")
 
     def wait_for_notice(self, text: str | re.Pattern[str]) -> str:
@@ -107,7 +108,7 @@ class Visit:
             self.complaints.append(f"{message.type}: {message.text}")
 
     def _note_request(self, request: Request) -> None:
-        if not request.url.startswith((self.url, "data:", "blob:")):
+        if not request.url.startswith((self.url, "data:", "blob:", "about:")):
             self.complaints.append(f"request to {request.url}")
 
     def _note_response(self, response: Response) -> None:
@@ -124,4 +125,4 @@ def visiting(browser: Browser, url: str, **options: object) -> Iterator[Visit]:
         yield visit
     finally:
         context.close()
-    assert visit.complaints == []
+    assert not visit.complaints, visit.complaints

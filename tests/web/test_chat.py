@@ -2,19 +2,186 @@
 
 from __future__ import annotations
 
+import re
+import urllib.request
+
+import pytest
+
+from tests.system import MODEL_NAME
 from tests.web.conftest import DEMO, ENDLESS
+
+HELLO = "Hello! What is your name?"
+
+
+@pytest.fixture
+def num_running(system):
+    """How many sequences the worker computes now, from its own metrics."""
+    token = (system.state_dir / "cluster-token").read_text().strip()
+    request = urllib.request.Request(system.worker.url + "/metrics", headers={"Authorization": f"Bearer {token}"})
+
+    def count():
+        with urllib.request.urlopen(request) as answer:
+            text = answer.read().decode()
+        values = re.findall(r"^fastchat_num_requests_(?:running|waiting)\S* (\S+)$", text, re.MULTILINE)
+        assert values
+        return sum(float(value) for value in values)
+
+    return count
+
+
+def begin_endless_answer(visit):
+    """An answer that goes on, seen to have begun."""
+    visit.choose_model(ENDLESS)
+    visit.send(HELLO)
+    visit.page.locator("#chat [data-testid=bot]").first.wait_for()
 
 
 def test_first_load_shows_the_models_and_streams_an_answer(visit):
     """Without a setting or a reload the page names what is served and answers, growing as it comes."""
     assert visit.models() == [DEMO, ENDLESS]
-    visit.send("Hello! What is your name?")
+    visit.send(HELLO)
     first = visit.page.locator("#chat [data-testid=bot]").first
     first.wait_for()
     early = first.inner_text()
     visit.wait_until_answered()
     (answer,) = visit.answers()
-    assert answer.startswith(early.strip()[:10])
+    assert answer.startswith(early.strip()[:5])
     assert len(answer) > len(early)
     assert "ChatGLM2-Demo" in answer
-    assert visit.questions() == ["Hello! What is your name?"]
+    assert visit.questions() == [HELLO]
+
+
+def test_stop_ends_the_answer_on_the_worker(visit, num_running):
+    """What came stays, and the worker computes nothing more for it."""
+    begin_endless_answer(visit)
+    assert num_running() == 1
+    visit.page.click("#stop")
+    visit.wait_until_answered()
+    visit.wait_for(lambda: num_running() == 0, what="the worker's running count is 0", limit_s=5)
+    (answer,) = visit.answers()
+    visit.page.wait_for_timeout(500)
+    assert visit.answers() == [answer]
+    assert answer.strip()
+
+
+def test_a_closed_tab_ends_the_answer_on_the_worker(visit, num_running):
+    """Nobody is there to read it."""
+    begin_endless_answer(visit)
+    assert num_running() == 1
+    visit.page.close()
+    visit.page = visit.page.context.new_page()
+    visit.wait_for(lambda: num_running() == 0, what="the worker's running count is 0", limit_s=10)
+
+
+def test_retry_answers_the_same_question_again(visit):
+    """One question, one answer, before and after."""
+    visit.ask(HELLO)
+    visit.page.locator("#chat [aria-label='Answer again']").click()
+    visit.page.locator("body.answering").wait_for()
+    visit.wait_until_answered()
+    assert visit.questions() == [HELLO]
+    assert len(visit.answers()) == 1
+
+
+def test_undo_takes_the_last_exchange_back(visit):
+    """Its question returns to the message box."""
+    visit.ask(HELLO)
+    visit.ask("Who made you?")
+    visit.page.locator("#chat [aria-label='Take back']").click()
+    visit.wait_for(lambda: visit.questions() == [HELLO], what="one question is left")
+    assert visit.page.input_value("#message textarea") == "Who made you?"
+
+
+def test_an_edited_message_is_answered_anew(visit):
+    """What came after it goes."""
+    visit.ask(HELLO)
+    visit.ask("Who made you?")
+    visit.page.locator("#chat [aria-label='Edit']").first.click()
+    visit.page.locator("#chat [data-testid=user] textarea, #chat .user-row textarea").fill("Tell me a joke.")
+    visit.page.locator("#chat [aria-label='Send the changed message']").click()
+    visit.page.locator("body.answering").wait_for()
+    visit.wait_until_answered()
+    assert visit.questions() == ["Tell me a joke."]
+    assert len(visit.answers()) == 1
+
+
+def test_clear_empties_the_conversation(visit):
+    """And the next message starts from nothing."""
+    visit.ask(HELLO)
+    visit.page.locator("#chat [aria-label='Clear']").click()
+    visit.wait_for(lambda: visit.questions() == [], what="nothing is left")
+    visit.ask("Who made you?")
+    assert visit.questions() == ["Who made you?"]
+
+
+def test_reload_keeps_conversation_model_and_settings(visit):
+    """The browser remembers; the server need not."""
+    visit.choose_model(DEMO)
+    answer = visit.ask(HELLO)
+    visit.open_settings()
+    visit.set_number("max_tokens", 7)
+    visit.page.wait_for_timeout(200)
+    visit.reload()
+    visit.wait_for(lambda: visit.answers() == [answer], what="the answer is back")
+    assert visit.questions() == [HELLO]
+    visit.open_settings()
+    assert visit.page.locator("#max_tokens textarea, #max_tokens input").first.input_value() == "7"
+
+
+def test_settings_reach_the_model(visit):
+    """A limit of tokens cuts the answer, and the page says so; the same seed gives the same answer."""
+    visit.choose_model(ENDLESS)
+    visit.open_settings()
+    visit.set_number("max_tokens", 12)
+    visit.set_number("seed", 5)
+    first = visit.ask(HELLO)
+    visit.wait_for_notice("limit of output tokens")
+    visit.page.click("#new-chat")
+    assert visit.ask(HELLO) == first
+
+
+def test_a_bad_setting_is_refused_by_name(visit):
+    """Nothing is sent, and the message stays in its box."""
+    visit.open_settings()
+    visit.set_number("seed", "abc")
+    visit.send(HELLO)
+    visit.wait_for_notice("The seed is a whole number")
+    assert visit.page.input_value("#message textarea") == HELLO
+    assert visit.questions() == []
+
+
+def test_speed_and_token_counts_are_shown_on_demand(visit):
+    """A line under the answer, only where it is asked for."""
+    visit.ask(HELLO)
+    speed = visit.page.locator("#status .speed")
+    assert not speed.is_visible()
+    visit.open_settings()
+    visit.page.locator("#show-speed").check()
+    speed.wait_for()
+    assert re.search(r"\d+ tokens in \d+\.\d s · \d+\.\d tokens/s", speed.inner_text())
+
+
+def test_a_conversation_beyond_the_context_is_refused_readably(visit):
+    """With the model's own numbers, and the question still there."""
+    visit.send("word " * 5000)
+    notice = visit.wait_for_notice("too long for this model")
+    assert "2048" in notice
+    visit.wait_until_answered()
+    assert len(visit.questions()) == 1
+
+
+def test_code_tables_and_formulas_are_formatted(visit):
+    """Highlighted code, real tables, formulas between dollars and between \\( and \\)."""
+    visit.send("```python\ndef f(): return 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n$E=mc^2$ and \\(a^2\\)")
+    user = visit.page.locator("#chat [data-testid=user]").first
+    user.locator("pre code .token.keyword").first.wait_for()
+    assert user.locator("table td").all_inner_texts() == ["1", "2"]
+    visit.wait_for(lambda: user.locator(".katex").count() == 2, what="two formulas")
+    visit.wait_until_answered()
+
+
+def test_url_names_the_model(visit):
+    """FastChat's `?model=`."""
+    visit.open(f"/?model={ENDLESS}")
+    visit.wait_for(lambda: visit.page.input_value("#model input") == ENDLESS, what="the model is chosen")
+    assert MODEL_NAME not in visit.models()

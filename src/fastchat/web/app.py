@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 from fastchat.web.answering import Answerer
@@ -18,6 +19,7 @@ from fastchat.web.api_client import ApiClient
 from fastchat.web.chat_tab import ChatTab
 from fastchat.web.config import PageConfig
 from fastchat.web.guard import Guard
+from fastchat.web.login import LoginGate
 from fastchat.web.served_models import ServedModels
 from fastchat.web.shell import ASSETS, PageShell, asset_response
 from fastchat.web.theme import page_theme
@@ -54,7 +56,15 @@ def create_web_app(config: PageConfig) -> ASGIApp:
         i18n=gradio_tables(),
         theme=page_theme(),
     )
-    return Guard(PageShell(app), has_login=config.accounts is not None)
+    if config.accounts is None:
+        return Guard(PageShell(app))
+    gradio_app = next(route.app for route in app.router.routes if isinstance(route, Mount))
+    return Guard(LoginGate(PageShell(app), partial(_is_logged_in, gradio_app)), has_login=True)
+
+
+def _is_logged_in(gradio_app: Any, cookies: dict[str, str]) -> bool:  # Any: Gradio's own app, with its sessions
+    names = (f"access-token-{gradio_app.cookie_id}", f"access-token-unsecure-{gradio_app.cookie_id}")
+    return any(cookies.get(name) in gradio_app.tokens for name in names)
 
 
 def _blocks(config: PageConfig, models: ServedModels, answerer: Answerer) -> gr.Blocks:

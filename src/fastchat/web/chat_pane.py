@@ -26,8 +26,8 @@ SHOWN_AS_TEXT = (
     *("area", "article", "aside", "audio", "base", "body", "canvas", "dialog", "embed", "fieldset", "font", "footer"),
     *("form", "frame", "frameset", "head", "header", "html", "iframe", "image", "img", "input", "label", "link"),
     *("main", "map", "marquee", "math", "meta", "nav", "noembed", "noframes", "noscript", "object", "option"),
-    *("picture", "plaintext", "portal", "script", "section", "select", "slot", "source", "style", "svg", "template"),
-    *("textarea", "title", "track", "use", "video", "xmp"),
+    *("picture", "plaintext", "portal", "script", "section", "select", "slot", "source", "style", "template"),
+    *("textarea", "title", "track", "use", "video", "xmp", "feimage", "animate", "set", "foreignobject"),
 )
 """Tags in model or user text that are written out instead of obeyed: all that fetch, submit, play or restyle."""
 

@@ -23,5 +23,4 @@ def _as_it_came(_self: Any, payload: Any) -> Any:
 
 
 PlainDropdown = variant_of(gr.Dropdown, preprocess=_as_it_came)
-PlainNumber = variant_of(gr.Number, preprocess=_as_it_came)
 PlainSlider = variant_of(gr.Slider, preprocess=_as_it_came)

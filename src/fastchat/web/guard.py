@@ -24,7 +24,8 @@ _READ = re.compile(
     r"|(?:assets|static)/[A-Za-z0-9_./@-]{1,200}"
     rf"|gradio_api/(?:startup-events|theme\.css|queue/data|heartbeat/{_ID}))?"
 )
-_WRITTEN = re.compile(r"/gradio_api/(?:queue/join|run/predict/?|cancel|reset/?)")
+_WRITTEN = re.compile(r"/gradio_api/(?:queue/join|cancel|reset/?)")
+_CLIMBS = re.compile(r"\.\.|//")
 _LOGIN = re.compile(r"/login/?")
 _FORBIDDEN_KEYS = frozenset({"path", "url", "_type", "component", "constructor_args", "file"})
 """Keys of the objects by which a client names a file, an address or a component to Gradio."""
@@ -47,7 +48,9 @@ class Guard:
 
     async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
-        if method in {"GET", "HEAD"} and _READ.fullmatch(path) and ".." not in path:
+        if method == "POST" and _is_of_another_site(scope):
+            await _refuse(scope, receive, send, 403, "Another site may not use this page.")
+        elif method in {"GET", "HEAD"} and _READ.fullmatch(path) and _CLIMBS.search(path) is None:
             await self._app(scope, receive, send)
         elif method == "POST" and _WRITTEN.fullmatch(path):
             await self._pass_json(scope, receive, send)
@@ -71,6 +74,12 @@ class Guard:
             await _refuse(scope, receive, send, 413, f"The form is larger than {MAX_FORM_BYTES} bytes.")
         else:
             await self._app(scope, _replayed(body, receive), send)
+
+
+def _is_of_another_site(scope: Scope) -> bool:
+    """Whether a browser says that a page of another site sent this."""
+    headers = dict(scope["headers"])
+    return headers.get(b"sec-fetch-site") in {b"cross-site", b"same-site"} or headers.get(b"origin") == b"null"
 
 
 def _objection_to(body: bytes) -> str | None:

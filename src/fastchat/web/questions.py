@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from fastchat.web.failures import BadInputError, Failure
 
 MAX_CHARACTERS = 4_000_000
 """Of a whole conversation. Every context that is served today ends earlier, with a message that counts tokens."""
+_DIGITS = re.compile(r"-?[0-9]{1,20}")
 _MAX_INT32 = 2**31 - 1
 _INT64 = 2**63
 
@@ -60,9 +62,11 @@ def _number(value: Any, lowest: float, highest: float, key: str) -> float | None
 
 
 def _whole_number(value: Any, lowest: int, highest: int, key: str) -> int | None:
-    number = _number(value, lowest, highest, key)
-    if number is None:
+    """A number, or the text of one; nothing and an empty text mean none."""
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    if not number.is_integer():
+    if isinstance(value, str) and _DIGITS.fullmatch(value.strip()):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         raise BadInputError(Failure(key))
-    return int(value)
+    return value

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from fastchat.web.components import PlainNumber, PlainSlider
+from fastchat.web.components import PlainSlider
 from fastchat.web.translation import label
 
 
@@ -26,8 +26,8 @@ class SettingsFold:
                 self.temperature = _slider("temperature", value=0.7, lowest=0, highest=2, step=0.1)
                 self.top_p = _slider("top_p", value=1.0, lowest=0.05, highest=1, step=0.05)
             with gr.Row():
-                self.max_tokens = _number("max_tokens")
-                self.seed = _number("seed")
+                self.max_tokens = _optional_number("max_tokens")
+                self.seed = _optional_number("seed")
             gr.HTML('<div id="settings-end"></div>', js_on_load=None, apply_default_css=False)
 
     @property
@@ -42,5 +42,6 @@ def _slider(key: str, *, value: float, lowest: float, highest: float, step: floa
     )
 
 
-def _number(key: str) -> Any:
-    return PlainNumber(None, label=label(key), info=label(f"{key}_info"), precision=0, elem_id=key)
+def _optional_number(key: str) -> gr.Textbox:
+    """A box of text: Gradio's box for numbers shows 0 for none."""
+    return gr.Textbox(label=label(key), info=label(f"{key}_info"), placeholder="–", max_lines=1, elem_id=key)

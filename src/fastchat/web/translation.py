@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import gradio as gr
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 LANGUAGE_COOKIE = "fastchat_language"
+_PLACE = re.compile(r"\{(\w+)\}")
 
 
 @cache
@@ -24,10 +26,8 @@ def texts(language: Language) -> dict[str, str]:
 
 def translate(language: Language, key: str, **facts: object) -> str:
     """One text, with its facts filled in."""
-    text = texts(language)[key]
-    for name, fact in facts.items():  # not `format`: a fact may hold braces
-        text = text.replace(f"{{{name}}}", str(fact))
-    return text
+    # Not `format`: a text may be missing a fact, and a fact may hold braces.
+    return _PLACE.sub(lambda place: str(facts.get(place[1], place[0])), texts(language)[key])
 
 
 def label(key: str) -> Any:  # Any: Gradio's marker, which its components take for a string

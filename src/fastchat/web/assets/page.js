@@ -56,9 +56,7 @@
   document.cookie = `fastchat_language=${language}; path=/; SameSite=Lax; max-age=31536000`;
 
   function word(key, facts = {}) {
-    let text = window.fastchatTexts[language][key];
-    for (const [name, fact] of Object.entries(facts)) text = text.replace(`{${name}}`, fact);
-    return text;
+    return window.fastchatTexts[language][key].replace(/\{(\w+)\}/g, (place, name) => facts[name] ?? place);
   }
 
   function switchLanguage() {
@@ -476,6 +474,18 @@
   // Gradio shows Markdown without scripts. This takes out what could still fetch or cover: styles that name an address,
   // and diagrams, which would be drawn from the model's text. It runs before the browser lays the new nodes out.
 
+  // A handler would be refused by the page's policy, with an error in the console for each. The text loses it before the
+  // browser reads it as HTML, which Gradio does in a template.
+  const html = Object.getOwnPropertyDescriptor(Element.prototype, "innerHTML");
+  const withoutHandlers = (tag) => tag.replace(/[\s/"']on\w+\s*=\s*("[^"]*"|'[^']*'|[^\s>]*)/gi, " ");
+  Object.defineProperty(HTMLTemplateElement.prototype, "innerHTML", {
+    get: html.get,
+    set(text) {
+      html.set.call(this, String(text).replace(/<[a-z][^>]*>/gi, withoutHandlers));
+    },
+    configurable: true,
+  });
+
   function calm(root) {
     for (const element of root.querySelectorAll("[style]")) {
       if (/url|image|src|@|\\|position\s*:\s*(fixed|sticky|absolute)/i.test(element.getAttribute("style")) && !element.closest(".katex"))
@@ -487,9 +497,40 @@
     }
   }
 
+  // ---- Gradio's own labels, which know one language ------------------------------------------------------------
+
+  const LABELS = {
+    Clear: "clear",
+    "Copy message": "copy_message",
+    "Copied message": "copied_message",
+    Edit: "edit",
+    Retry: "retry",
+    Undo: "undo",
+    Submit: "submit",
+    Cancel: "cancel",
+    "Copy code": "copy_code",
+    "chatbot conversation": "chat_pane",
+  };
+
+  function label(root) {
+    for (const element of root.querySelectorAll("[aria-label]")) {
+      const text = element.getAttribute("aria-label");
+      const key = LABELS[text];
+      const [, who, rest] = text.match(/^(user|bot)'s message: ([^]*)$/) ?? [];
+      if (key) element.setAttribute("aria-label", word(key));
+      else if (who) element.setAttribute("aria-label", `${word(who === "user" ? "you_said" : "model_said")} ${rest}`);
+    }
+    for (const element of root.querySelectorAll("[title]")) {
+      const key = LABELS[element.title];
+      if (key) element.title = word(key);
+    }
+  }
+
   function watch() {
     new MutationObserver((changes) => {
       if (!changes.some((change) => change.addedNodes.length > 0)) return;
+      const chat = document.getElementById("tabs");
+      if (chat) label(chat);
       for (const pane of document.querySelectorAll("[data-testid='bot'], [data-testid='user']")) calm(pane);
       drawSpeedSwitch();
     }).observe(document.body, { childList: true, subtree: true });
