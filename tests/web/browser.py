@@ -45,8 +45,8 @@ class Visit:
         return self.wait_until_usable()
 
     def wait_until_usable(self) -> Visit:
-        self.page.locator("#new-chat").wait_for()
-        self.page.locator("#message textarea").wait_for()
+        self.page.locator("#theme-switch").wait_for()
+        self.page.locator(":is(#message, .message-box) textarea:visible, #leaderboard").first.wait_for()
         return self
 
     def send(self, text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 import structlog
@@ -61,41 +61,48 @@ class Answerer:
     async def answer(self, request: ChatRequest) -> AsyncGenerator[Answer, None]:
         """The answer after each update; the last one is whole, or holds a failure. Closing it ends the answer."""
         answer = Answer()
-        self._pace.num_answers += 1
+
+        async def read(note_news: Callable[[], None]) -> None:
+            async with aclosing(self._client.stream(request, answer.facts)) as texts:
+                async for text in texts:
+                    answer.text += text
+                    note_news()
+
+        def fail(failure: Failure) -> None:
+            answer.failure = failure
+
+        async with aclosing(self.updates(read, fail, request.model)) as updates:
+            async for _ in updates:
+                yield answer
+
+    async def updates(
+        self, read: Callable[[Callable[[], None]], Awaitable[None]], fail: Callable[[Failure], None], model: str
+    ) -> AsyncGenerator[None, None]:
+        """Moments for an update while `read` runs, and one at its end. What it raises is given to `fail`."""
         news = asyncio.Event()
-        reader = asyncio.create_task(self._read(request, answer, news))
+        self._pace.num_answers += 1
+        reader = asyncio.create_task(self._run(read(news.set), fail, model))
+        reader.add_done_callback(lambda _: news.set())
         try:
-            shown, handover_s = "", 0.0
             while not reader.done():
                 await news.wait()
                 news.clear()
-                if answer.text != shown and not reader.done():
-                    shown = answer.text
+                if not reader.done():
                     began = time.monotonic()
-                    yield answer
-                    handover_s = time.monotonic() - began
-                    await _wait(reader, self._pace.interval_s(handover_s))
-            yield answer
+                    yield
+                    interval_s = self._pace.interval_s(time.monotonic() - began)
+                    await asyncio.wait({reader}, timeout=interval_s)
+            yield
         finally:
             self._pace.num_answers -= 1
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
 
-    async def _read(self, request: ChatRequest, answer: Answer, news: asyncio.Event) -> None:
+    async def _run(self, reading: Awaitable[None], fail: Callable[[Failure], None], model: str) -> None:
         try:
-            async with aclosing(self._client.stream(request, answer.facts)) as texts:
-                async for text in texts:
-                    answer.text += text
-                    news.set()
+            await reading
         except FastChatError as error:
-            answer.failure = failure_of(error, request.model)
+            fail(failure_of(error, model))
         except Exception:  # noqa: BLE001 - the top of a task: the person is told, the log has the cause
             _log.exception("an answer failed")
-            answer.failure = Failure("error_internal")
-        finally:
-            news.set()
-
-
-async def _wait(reader: asyncio.Task[None], limit_s: float) -> None:
-    """Wait for the next update's time, or for the end of the answer."""
-    await asyncio.wait({reader}, timeout=limit_s)
+            fail(Failure("error_internal"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,23 +100,49 @@ class ApiClient:
 
     async def stream(self, request: ChatRequest, facts: AnswerFacts) -> AsyncGenerator[str, None]:
         """The answer's text in pieces as they come. Closing the generator ends the answer on the worker."""
+        async with aclosing(self.stream_bytes("/v1/chat/completions", request.body())) as pieces:
+            async for text in self._texts(pieces, facts):
+                yield text
+
+    async def stream_bytes(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
+        """What comes back to a POST, as it comes."""
         with self._translated():
-            response = await self._opened.post(f"{self._base_url}/v1/chat/completions", json=request.body())
+            response = await self._opened.post(f"{self._base_url}{path}", json=body)
         try:
             if response.status != 200:
                 raise await self._refusal(response)
-            async for text in self._texts(response, facts):
-                yield text
+            while True:
+                with self._translated():
+                    received = await response.content.readany()
+                if not received:
+                    return
+                yield received
         finally:
             response.close()  # the server aborts an answer that nobody reads
 
-    async def _texts(self, response: aiohttp.ClientResponse, facts: AnswerFacts) -> AsyncIterator[str]:
+    async def get_json(self, path: str, query: Mapping[str, str]) -> Any:  # Any: JSON
+        """The answer to a GET."""
+        with self._translated():
+            async with self._opened.get(f"{self._base_url}{path}", params=query, timeout=_LIST_TIMEOUT) as response:
+                return await self._json_of(response)
+
+    async def post_json(self, path: str, body: Mapping[str, Any]) -> Any:  # Any: JSON
+        """The answer to a POST."""
+        with self._translated():
+            async with self._opened.post(f"{self._base_url}{path}", json=body, timeout=_LIST_TIMEOUT) as response:
+                return await self._json_of(response)
+
+    async def _json_of(self, response: aiohttp.ClientResponse) -> Any:
+        if response.status != 200:
+            raise await self._refusal(response)
+        try:
+            return json.loads(await response.read())
+        except ValueError:
+            raise UnavailableError(f"{self._api_url} answers with something that is not JSON.") from None
+
+    async def _texts(self, pieces: AsyncIterator[bytes], facts: AnswerFacts) -> AsyncIterator[str]:
         reader = AnswerReader()
-        while not reader.is_done:
-            with self._translated():
-                received = await response.content.readany()
-            if not received:
-                raise UnavailableError("The answer ended before it was complete.", code="stream_lost")
+        async for received in pieces:
             text = reader.push(received)
             facts.total_s = time.monotonic() - facts.began
             facts.num_prompt_tokens = reader.num_prompt_tokens
@@ -126,6 +152,9 @@ class ApiClient:
                 if facts.first_text_s is None:
                     facts.first_text_s = facts.total_s
                 yield text
+            if reader.is_done:
+                return
+        raise UnavailableError("The answer ended before it was complete.", code="stream_lost")
 
     @property
     def _opened(self) -> aiohttp.ClientSession:

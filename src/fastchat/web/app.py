@@ -16,9 +16,11 @@ from starlette.types import ASGIApp
 
 from fastchat.web.answering import Answerer
 from fastchat.web.api_client import ApiClient
+from fastchat.web.arena_tab import ARENA_KINDS, ArenaTab
 from fastchat.web.chat_tab import ChatTab
 from fastchat.web.config import PageConfig
 from fastchat.web.guard import Guard
+from fastchat.web.leaderboard_tab import LeaderboardTab
 from fastchat.web.login import LoginGate
 from fastchat.web.served_models import ServedModels
 from fastchat.web.shell import ASSETS, PageShell, asset_response
@@ -40,7 +42,7 @@ def create_web_app(config: PageConfig) -> ASGIApp:
     app.router.routes.extend(_own_routes(models))
     gr.mount_gradio_app(
         app,
-        _blocks(config, models, Answerer(client)),
+        _blocks(config, client, models),
         path="/",
         auth=config.accounts.are_right if config.accounts else None,
         root_path=config.root_path or None,
@@ -67,14 +69,22 @@ def _is_logged_in(gradio_app: Any, cookies: dict[str, str]) -> bool:  # Any: Gra
     return any(cookies.get(name) in gradio_app.tokens for name in names)
 
 
-def _blocks(config: PageConfig, models: ServedModels, answerer: Answerer) -> gr.Blocks:
+def _blocks(config: PageConfig, client: ApiClient, models: ServedModels) -> gr.Blocks:
+    answerer = Answerer(client)
+    chat = ChatTab(models, answerer, max_answers=config.max_answers)
+    compare, battle = (ArenaTab(kind, client, answerer, max_answers=config.max_answers) for kind in ARENA_KINDS)
     blocks: gr.Blocks
-    with (
-        gr.Blocks(analytics_enabled=False, title="FastChat", fill_width=True) as blocks,
-        gr.Tabs(elem_id="tabs"),
-        gr.Tab(label("tab_chat"), id="chat"),
-    ):
-        ChatTab(models, answerer, max_answers=config.max_answers).build(blocks)
+    with gr.Blocks(analytics_enabled=False, title="FastChat", fill_width=True) as blocks:
+        gr.HTML('<div id="page-end"></div>', elem_id="page-end-box", js_on_load=None, apply_default_css=False)
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab(label("tab_chat"), id="chat"):
+                chat.build()
+            for kind, tab in zip(ARENA_KINDS, (compare, battle), strict=True):
+                with gr.Tab(label(f"tab_{kind}"), id=kind):
+                    tab.build()
+            with gr.Tab(label("tab_leaderboard"), id="leaderboard") as board:
+                LeaderboardTab(client).build(board)
+        chat.listen(blocks, followers=compare.models)
     blocks.queue(default_concurrency_limit=None, api_open=False, max_size=None)
     return blocks
 

@@ -21,12 +21,11 @@ from fastchat.web.failures import BadInputError
 from fastchat.web.questions import RawSettings, chat_request
 from fastchat.web.served_models import ServedModels
 from fastchat.web.settings_fold import SettingsFold
+from fastchat.web.status_line import HIDDEN, notice
 from fastchat.web.translation import Language, label, language_of, translate
 
 Update = tuple[Any, Any, Any]
 """Message box, conversation and status line; each a value or Gradio's mark for "as it is"."""
-
-_HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class ChatTab:
@@ -35,10 +34,10 @@ class ChatTab:
     def __init__(self, models: ServedModels, answerer: Answerer, *, max_answers: int | None) -> None:
         self._models = models
         self._answerer = answerer
-        self._running = {**_HIDDEN, "concurrency_limit": max_answers, "concurrency_id": "answers"}
+        self._running = {**HIDDEN, "concurrency_limit": max_answers, "concurrency_id": "answers"}
 
-    def build(self, blocks: gr.Blocks) -> None:
-        """Lay the tab out; called within the page's `Blocks`."""
+    def build(self) -> None:
+        """Lay the tab out; called within its `gr.Tab`."""
         with gr.Row(elem_id="chat-layout", equal_height=True):
             gr.HTML('<div id="conversations"></div>', elem_id="sidebar", js_on_load=None, apply_default_css=False)
             with gr.Column(elem_id="chat-main"):
@@ -74,7 +73,6 @@ class ChatTab:
                     self.send = gr.Button(label("send"), variant="primary", elem_id="send")
                     self.stop = gr.Button(label("stop"), variant="stop", elem_id="stop")
         self._build_switches()
-        self._listen(blocks)
 
     def _build_switches(self) -> None:
         """Buttons that nobody sees: the browser's own code presses them."""
@@ -83,7 +81,8 @@ class ChatTab:
             self.open_switch = gr.Button("open", elem_id="open-switch")
             self.models_switch = gr.Button("models", elem_id="models-switch")
 
-    def _listen(self, blocks: gr.Blocks) -> None:
+    def listen(self, blocks: gr.Blocks, followers: Sequence[Any]) -> None:
+        """Connect everything; `followers` are other selectors that show what is served."""
         settings: list[Any] = [self.model, *self.settings.components]
         shown = [self.box, self.pane, self.status]
         begin = "(...values) => window.fastchat.begin(values)"
@@ -101,20 +100,21 @@ class ChatTab:
             self.pane.edit(self.answer_edited, [self.pane, *settings], shown, js=begin, **self._running),
         ]
         for answer in answers:
-            answer.then(None, js="() => window.fastchat.end()", **_HIDDEN)
+            answer.then(None, js="() => window.fastchat.end()", **HIDDEN)
         self.stop.click(
-            None, [self.pane], [self.status], js="(pane) => window.fastchat.stopped(pane)", cancels=answers, **_HIDDEN
+            None, [self.pane], [self.status], js="(pane) => window.fastchat.stopped(pane)", cancels=answers, **HIDDEN
         )
-        self.pane.undo(self.take_back, [self.pane], shown, **_HIDDEN)
+        self.pane.undo(self.take_back, [self.pane], shown, **HIDDEN)
         kept = [self.pane, *settings]
-        self.pane.change(None, kept, None, js="(...values) => window.fastchat.keep(...values)", **_HIDDEN)
-        self.open_switch.click(None, None, [*shown, *settings], js="() => window.fastchat.opened()", **_HIDDEN)
+        self.pane.change(None, kept, None, js="(...values) => window.fastchat.keep(...values)", **HIDDEN)
+        self.open_switch.click(None, None, [*shown, *settings], js="() => window.fastchat.opened()", **HIDDEN)
+        selectors = [self.model, *followers]
         self.models_switch.click(
-            None, [self.model], [self.model], js="(model) => [window.fastchat.modelUpdate(model)]", **_HIDDEN
+            None, selectors, selectors, js="(...chosen) => window.fastchat.modelUpdate(...chosen)", **HIDDEN
         )
         for part in settings:
-            part.change(None, settings, None, js="(...values) => window.fastchat.keepSettings(...values)", **_HIDDEN)
-        blocks.load(None, None, [*shown, *settings], js="() => window.fastchat.start()", **_HIDDEN)
+            part.change(None, settings, None, js="(...values) => window.fastchat.keepSettings(...values)", **HIDDEN)
+        blocks.load(None, None, [*shown, *settings, *followers], js="() => window.fastchat.start()", **HIDDEN)
 
     async def ask(
         self, text: str, turns: list[Message], request: gr.Request, *settings: Any
@@ -174,7 +174,7 @@ class ChatTab:
         try:
             request = chat_request(turns, RawSettings(*settings), loading=self._models.loading)
         except BadInputError as error:
-            yield None, _notice(error.failure.text(language), language, can_retry=False)
+            yield None, notice(error.failure.text(language), language, can_retry=False)
             return
         yield turns, ""
         async with aclosing(self._answerer.answer(request)) as answers:
@@ -197,12 +197,12 @@ def _up_to_question(turns: list[Message]) -> list[Message]:
 
 def _status(answer: Answer, language: Language) -> Any:  # Any: HTML, or Gradio's mark for "as it is"
     if answer.failure is not None:
-        return _notice(answer.failure.text(language), language, can_retry=True)
+        return notice(answer.failure.text(language), language, can_retry=True)
     facts = answer.facts
     if facts.finish_reason is None:
         return gr.skip()
     cut_off = (
-        _notice(translate(language, "cut_off"), language, can_retry=False) if facts.finish_reason == "length" else ""
+        notice(translate(language, "cut_off"), language, can_retry=False) if facts.finish_reason == "length" else ""
     )
     generated = facts.num_generated_tokens or 0
     writing_s = facts.total_s - (facts.first_text_s or 0.0)
@@ -216,9 +216,3 @@ def _status(answer: Answer, language: Language) -> Any:  # Any: HTML, or Gradio'
         speed=f"{(generated - 1) / writing_s:.1f}" if generated > 1 and writing_s > 0 else "–",
     )
     return f'{cut_off}<p class="speed">{escape(line)}</p>'
-
-
-def _notice(text: str, language: Language, *, can_retry: bool) -> str:
-    words = escape(translate(language, "try_again"))
-    button = f'<button type="button" data-press="retry-switch">{words}</button>' if can_retry else ""
-    return f'<div class="notice" role="alert"><span>{escape(text)}</span>{button}</div>'

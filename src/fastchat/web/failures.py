@@ -15,6 +15,9 @@ _KEYS_OF_CODES = {
     "no_api_server": "error_no_api",
     "worker_lost": "error_worker_lost",
     "stream_lost": "error_worker_lost",
+    "already_voted": "error_voted",
+    "turn_not_complete": "error_turn",
+    "too_few_models": "error_few_models",
 }
 
 

@@ -255,13 +255,15 @@
 
   // ---- what an event of the page calls -------------------------------------------------------------------------
 
-  function begin(values) {
-    document.body.classList.add("answering");
+  const answeringIn = (kind) => (kind ? `answering-${kind}` : "answering");
+
+  function begin(values, kind) {
+    document.body.classList.add(answeringIn(kind));
     return values;
   }
 
-  function end() {
-    document.body.classList.remove("answering");
+  function end(kind) {
+    document.body.classList.remove(answeringIn(kind));
     save();
   }
 
@@ -289,6 +291,7 @@
     const values = shownValues(conversation ?? { messages: [] });
     const model = chooseModel(wanted ?? conversation?.model ?? read(MODEL, null));
     drawAll();
+    openTab();
     setInterval(followModels, ASK_MODELS_EVERY_MS);
     return [
       ...values.slice(0, 3),
@@ -298,7 +301,15 @@
       kept.topP ?? NOTHING,
       kept.maxTokens ?? NOTHING,
       kept.seed ?? NOTHING,
+      ...pairFields([]),
     ];
+  }
+
+  // FastChat's `?compare`, `?arena` and `?leaderboard`.
+  function openTab() {
+    const asked = new URLSearchParams(location.search);
+    const number = ["chat", "compare", "arena", "leaderboard"].findIndex((name, at) => at > 0 && asked.has(name));
+    if (number > 0) document.querySelectorAll("#tabs [role=tab]")[number]?.click();
   }
 
   // ---- models -----------------------------------------------------------------------------------------------------
@@ -333,10 +344,13 @@
     return { __type__: "update", choices, value };
   }
 
-  function modelUpdate(chosen) {
-    // A model that is away for a moment stays chosen where it was chosen by hand.
-    return modelField(models.models.length || models.loading.length ? chooseModel(chosen ?? read(MODEL, null)) : null);
-  }
+  // Two selectors: each keeps its model while that is served, and they begin with different ones.
+  const pairFields = (chosen) =>
+    [0, 1].map((at) =>
+      modelField(models.models.includes(chosen[at]) ? chosen[at] : (models.models[at] ?? models.models[0] ?? null)),
+    );
+
+  const modelUpdate = (chosen, ...pair) => [modelField(chooseModel(chosen ?? read(MODEL, null))), ...pairFields(pair)];
 
   function drawModelState() {
     const place = document.getElementById("model-state");
@@ -441,6 +455,8 @@
     );
     document.getElementById("bar-end").append(
       make("span", { id: "model-state", role: "status" }),
+    );
+    document.getElementById("page-end").append(
       textButton(word("language"), switchLanguage, { id: "language-switch", "aria-label": word("language_label") }),
       textButton("", switchTheme, { id: "theme-switch", title: word("theme_label") }),
     );
