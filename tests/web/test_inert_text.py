@@ -59,7 +59,7 @@ def test_hostile_text_stays_text(visit, tmp_path, role):
         assert not (link.get_attribute("href") or "").lower().replace("\n", "").startswith(("javascript", "data"))
     visit.page.wait_for_timeout(500)
     assert visit.page.evaluate("window.broken") is None
-    assert visit.page.evaluate("document.elementFromPoint(5, 5).closest('#sidebar') !== null")
+    assert visit.page.evaluate("document.elementFromPoint(5, 400).closest('#sidebar') !== null")
     assert visit.page.locator("#send").is_visible()
     assert (
         visit.page.locator("#chat .message :is(img, iframe, video, audio, object, embed, form, input, style)").count()

@@ -129,3 +129,12 @@ def test_a_model_appears_goes_and_comes_back_without_a_reload(browser, tmp_path)
             visit.page.get_by_text("No model is served yet").wait_for()
             system.api.kill()
             visit.page.get_by_text("The API server does not answer").wait_for()
+
+
+def test_fastchat_serve_starts_the_page_too(browser, tmp_path):
+    """One command to the page, named in the block that says what to do; `--no-web` leaves it out."""
+    ports = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--web-port", "0")
+    with start_command("launch", *ports, state_dir=tmp_path) as serving:
+        url = serving.wait_for_line(r"^  page    (http://\S+)$", limit_s=90)[1]
+        with visiting(browser, url) as visit:
+            assert visit.open().ask(HELLO)

@@ -138,6 +138,8 @@ class ArenaTab:
         self, pane_a: list[Message], pane_b: list[Message], the_round: Round, request: gr.Request, *rest: Any
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """Both answer the last question once more."""
+        if the_round.has_voted:  # the same question, in a round of its own
+            the_round = Round()
         sides = [pane[:-1] if pane and pane[-1].role == "assistant" else pane for pane in (pane_a, pane_b)]
         async with aclosing(self._turn(sides, the_round, rest, language_of(request), is_retry=True)) as updates:
             async for update in updates:
