@@ -7,7 +7,7 @@ import shutil
 import pytest
 from playwright.sync_api import sync_playwright
 
-from fastchat.serve.launch import DEMO_MODEL
+from fastchat.serve.demo_model import DEMO_MODEL
 from tests.checkpoints import write_checkpoint
 from tests.processes import start_command
 from tests.system import running_system

@@ -8,7 +8,7 @@ import urllib.parse
 
 import pytest
 
-from fastchat.serve.launch import DEMO_MODEL
+from fastchat.serve.demo_model import DEMO_MODEL
 from tests.processes import free_port, run_command, start_command
 from tests.system import running_system
 from tests.web.browser import visiting
