@@ -3,6 +3,7 @@
     python benchmarks/make_checkpoint.py /tmp/chatglm2-6b
     python benchmarks/real_shape.py /tmp/chatglm2-6b
     python benchmarks/real_shape.py /tmp/chatglm2-6b --cold           drops the page cache first (needs root)
+    python benchmarks/real_shape.py /tmp/chatglm2-6b --quantize int8
 
 Memory is the peak of the process's anonymous pages (`RssAnon`), sampled; the files' own pages belong to the system.
 """
@@ -23,6 +24,8 @@ from fastchat.engine.engine_config import EngineConfig
 from fastchat.engine.events import SequenceRequest
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.lean import make_lean
+from fastchat.models.stored_form import Quantization
 from fastchat.models.weights import load_model
 
 GB = 1e9
@@ -105,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="bfloat16", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="quantize while loading (default: no)")
     parser.add_argument("--cold", action="store_true", help="drop the page cache before reading and before loading")
     parser.add_argument("--long", type=int, default=8000, help="tokens of the long prompt; 0 leaves it out")
     flags = parser.parse_args()
@@ -121,10 +125,12 @@ def main() -> None:
     before = anonymous_bytes()
     with peak_memory() as peak:
         began = time.perf_counter()
-        model = load_model(Checkpoint.open(flags.folder), device="cpu", dtype=flags.dtype)
+        quantization = Quantization(flags.quantize) if flags.quantize else None
+        model = load_model(Checkpoint.open(flags.folder), dtype=flags.dtype, quantization=quantization)
+        make_lean(model)
         seconds = time.perf_counter() - began
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    print(f"loading          {seconds:.1f} s, {num_bytes / GB / seconds:.2f} GB/s, as {model.dtype}")
+    print(f"loading          {seconds:.1f} s, {num_bytes / GB / seconds:.2f} GB/s, as {flags.quantize or model.dtype}")
     print(
         f"memory           weights {held / GB:.2f} GB, peak {peak[0] / GB:.2f} GB, before loading {before / GB:.2f} GB"
     )
