@@ -80,7 +80,7 @@ def text_of(events, side):
     return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def thread():
     thread = LoopThread()
     yield thread

@@ -27,7 +27,7 @@ class Target:
         return self.system.api.port
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def target(tmp_path_factory):
     """Needs the reference checkpoint: its context and vocabulary are what the cases count with."""
     if not FOLDER.exists():

@@ -125,8 +125,8 @@ def test_two_hundred_trickling_senders_are_cut_and_delay_nobody(target):
 
 def test_ten_thousand_requests_on_one_connection_are_answered_in_order_and_others_meanwhile(target):
     """P12: pipelined, as much as the server lets in."""
-    one = b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n"
-    last = b"GET /version HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
+    one = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     rest, received = memoryview(one * 9_999 + last), bytearray()
     slowest = 0.0
     with socket.create_connection(("127.0.0.1", target.port)) as connection:

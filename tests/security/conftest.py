@@ -96,7 +96,7 @@ class Cluster:
         return answer.status == 200 and json.loads(answer.text)["usage"]["completion_tokens"] == 4
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory):
     with ExitStack() as stack:
         yield Cluster(stack, tmp_path_factory.mktemp("cluster"))

@@ -54,6 +54,7 @@ class Run:
         self.ready.set_result(list(names))
 
     async def __aenter__(self):
+        self.others = psutil.Process().children(recursive=True)
         self.task = asyncio.create_task(self.supervisor.run())
         return self
 
@@ -62,7 +63,7 @@ class Run:
             self.supervisor.stop()
             self.supervisor.stop()
         await self.task
-        assert not psutil.Process().children(recursive=True)
+        assert not [child for child in psutil.Process().children(recursive=True) if child not in self.others]
 
     async def outcome(self):
         return await asyncio.wait_for(asyncio.shield(self.task), 20)

@@ -138,7 +138,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
             self._reject(400, "invalid_host", "The request must have exactly one Host header.")
-        if b"://" in self.url.partition(b"?")[0] and urlsplit(self.url).netloc != (hosts or [b""])[0]:
+        if not self.url.startswith(b"/") and b"://" in self.url and urlsplit(self.url).netloc != (hosts or [b""])[0]:
             self._reject(400, "invalid_host", "The URL names another host than the Host header.")
 
     def _reject(self, status: int, code: str, message: str) -> None:
