@@ -33,7 +33,7 @@ def talker(request, model_folder):
     """A talker of each kind, not yet started."""
     if request.param == "local":
         config = WorkerConfig(models=(ModelSpec(model_folder),), address="", cluster_token="none", engine=ENGINE)
-        (model,) = open_models(config)
+        (model,) = open_models(config).models
         return LocalTalker(lambda: model.start(config))
     system = request.getfixturevalue("system")
     return RemoteTalker(f"{system.api_url}/v1", api_key=None, model_name=MODEL_NAME)

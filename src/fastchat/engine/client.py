@@ -97,15 +97,17 @@ class EngineClient(ABC):
     def _send_abort(self, sequence_id: str) -> None:
         """Bring an abort to the engine."""
 
-    def submit(self, request: SequenceRequest) -> SequenceStream:
+    def submit(self, request: SequenceRequest, stream: SequenceStream | None = None) -> SequenceStream:
         """Hand a sequence over; returns at once. Prefer `open`, which cannot forget the abort.
+
+        A `stream` that somebody reads already gets the events instead of a new one.
 
         Raises `InvalidRequestError` where the request does not fit `limits`, `EngineError` when the engine is gone.
         """
         if self._failure is not None:
             raise self._failure
         self._check(request)
-        stream = SequenceStream()
+        stream = stream or SequenceStream()
         self._streams[request.sequence_id] = stream
         self._send(request)
         return stream
@@ -133,6 +135,11 @@ class EngineClient(ABC):
     def is_alive(self) -> bool:
         """False before the start, and once the engine has died or was closed."""
         return self._failure is None
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether what waits should move; False while a model waits for its memory."""
+        return True
 
     def _deliver(self, events: list[SequenceEvent], stats: EngineStats) -> None:
         """Hand one step's events to their streams. Called on the event loop."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -53,6 +54,8 @@ class ThreadEngineClient(EngineClient):
             self._end(EngineError("the engine was closed"))
         else:
             await asyncio.to_thread(self._thread.join)
+            # An engine and its parts know each other, and together they hold all the weights.
+            await asyncio.to_thread(gc.collect)
 
     @property
     def stats(self) -> EngineStats:

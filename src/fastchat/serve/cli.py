@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastchat.terminal.local_talker import LocalTalker
     from fastchat.worker.loaded_model import open_models
 
-    (model,) = open_models(config)
+    (model,) = open_models(config).models
     return run_session(arguments, screen, LocalTalker(lambda: model.start(config)))
 
 

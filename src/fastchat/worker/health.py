@@ -36,6 +36,7 @@ class EngineHealth:
         self._clock = clock
         self._hang_after_s = hang_after_s
         self._last_load = Load()
+        self._num_looks = 0
 
     def problem(self) -> str | None:
         """What is wrong, in a phrase; None when all engines live and move or have nothing to do."""
@@ -47,8 +48,12 @@ class EngineHealth:
         has_problem = self.problem() is not None
         stats = [watch.stats for watch in self._watches]
         num_running = sum(each.num_running for each in stats)
+        # What waits for its model's turn makes no steps, and must not look like a hang from afar.
+        self._num_looks += any(watch.num_pending and not watch.model.engine.is_computing for watch in self._watches)
         self._last_load = Load(
-            progress=self._last_load.progress if has_problem else sum(each.progress for each in stats),
+            progress=self._last_load.progress
+            if has_problem
+            else self._num_looks + sum(each.progress for each in stats),
             num_running=num_running,
             num_waiting=max(0, sum(watch.num_pending for watch in self._watches) - num_running),
             num_queued_tokens=sum(each.num_queued_tokens for each in stats),
@@ -60,6 +65,6 @@ class EngineHealth:
             return ENGINE_DIED
         now = self._clock()
         progress = watch.stats.progress
-        if progress != watch.progress or watch.num_pending == 0:
+        if progress != watch.progress or watch.num_pending == 0 or not watch.model.engine.is_computing:
             watch.progress, watch.moved_at = progress, now
         return "an engine hangs" if now - watch.moved_at > self._hang_after_s else None

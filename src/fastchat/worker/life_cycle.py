@@ -122,7 +122,7 @@ class WorkerRuntime:
                     num_running=stats.num_running,
                     num_waiting=stats.num_waiting,
                     num_queued_tokens=stats.num_queued_tokens,
-                    kv_cache_usage=1 - stats.num_free_blocks / max(1, stats.num_blocks),
+                    kv_cache_usage=1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0,
                     num_preemptions=stats.num_preemptions,
                     num_steps=stats.num_steps,
                 )
@@ -130,8 +130,11 @@ class WorkerRuntime:
         return self.metrics.render()
 
     async def _start_models(self, stack: AsyncExitStack) -> None:
-        """One after the other: each takes its share of the memory that is free then."""
-        for opened in open_models(self.config):
+        """One after the other, since they share the disk; those that take turns load only while there is room."""
+        opened_models = open_models(self.config)
+        if opened_models.keeper is not None:
+            await stack.enter_async_context(opened_models.keeper.running())
+        for opened in opened_models.models:
             stack.push_async_callback(opened.engine.close)
             self._loaded.append(await opened.start(self.config))
         self.models = ServedModels(self._loaded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -24,6 +25,8 @@ from fastchat.worker.engine_factory import EnginePlan, engine_maker
 from fastchat.worker.engine_process import engine_command
 from fastchat.worker.memory_plan import ModelShare
 from fastchat.worker.memory_remedy import plan_or_refuse
+from fastchat.worker.model_keeper import ModelKeeper
+from fastchat.worker.on_demand_engine import OnDemandEngine, make_keeper, promised_limits
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -45,7 +48,7 @@ class OpenedModel:
         await self.engine.start()
         limits = self.engine.limits
         _log.info(
-            "model loaded",
+            "model loaded" if self.engine.is_computing else "model waits for its turn",
             model=",".join(self.names),
             device=limits.device,
             dtype=limits.dtype,
@@ -67,17 +70,30 @@ class OpenedModel:
         )
 
 
-def open_models(config: WorkerConfig) -> list[OpenedModel]:
+@dataclass(frozen=True, slots=True)
+class OpenedModels:
+    """All models of a worker. Where they do not fit together, `keeper` lets them take turns in memory."""
+
+    models: tuple[OpenedModel, ...]
+    keeper: ModelKeeper | None
+
+
+def open_models(config: WorkerConfig) -> OpenedModels:
     """Check all checkpoints before the first weight is read. Raises `CheckpointError` or `ConfigError`."""
     checkpoints = [Checkpoint.open(spec.path) for spec in config.models]
     names = [spec.names or (checkpoint.name,) for spec, checkpoint in zip(config.models, checkpoints, strict=True)]
     _check_names(names)
     plan = plan_or_refuse(list(zip((each[0] for each in names), checkpoints, strict=True)), config.engine)
+    makers = [partial(_make_client, config.engine, EnginePlan.of(share)) for share in plan.shares]
+    keeper = make_keeper(plan, makers) if plan.num_awake else None
     opened = []
-    for spec, own_names, checkpoint, share in zip(config.models, names, checkpoints, plan.shares, strict=True):
+    for spec, own_names, checkpoint, share, make in zip(
+        config.models, names, checkpoints, plan.shares, makers, strict=True
+    ):
         _log_share(share)
-        opened.append(_open_model(spec, own_names, checkpoint, _make_client(config.engine, EnginePlan.of(share))))
-    return opened
+        engine = make() if keeper is None else OnDemandEngine(own_names[0], keeper, promised_limits(share))
+        opened.append(_open_model(spec, own_names, checkpoint, engine))
+    return OpenedModels(tuple(opened), keeper)
 
 
 def _open_model(spec: ModelSpec, names: tuple[str, ...], checkpoint: Checkpoint, engine: EngineClient) -> OpenedModel:

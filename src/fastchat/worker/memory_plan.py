@@ -100,6 +100,8 @@ class MemoryPlan:
     shares: tuple[ModelShare, ...]
     least_bytes: int
     each_alone: bool = False
+    num_awake: int = 0
+    """How many of the largest models fit at once, where they take turns; 0: all are held together."""
 
     @property
     def fits(self) -> bool:
@@ -146,6 +148,28 @@ def plan_memory(
         least_bytes=lasting + sum(least),
         each_alone=each_alone,
     )
+
+
+def plan_turns(models: Sequence[PlannedModel], engine: EngineSpec, memory: DeviceMemory) -> MemoryPlan | None:
+    """The plan for models that do not fit together but some at a time; None where not even the largest fits alone.
+
+    As many as possible are in memory at once, whichever they are: what each gets is reckoned for the largest of them.
+    """
+    budget = budget_for(engine, memory)
+    needs = [ModelNeeds.of(model, engine, memory.device) for model in models]
+    processes = _process_bytes(engine, memory.device, len(needs), each_alone=False)
+    least = sorted((each.lasting_bytes + each.least_working_bytes for each in needs), reverse=True)
+    for num_awake in range(len(needs) - 1, 0, -1):
+        if processes + sum(least[:num_awake]) > budget.num_bytes:
+            continue
+        room = (budget.num_bytes - processes) // num_awake
+        shares = tuple(ModelShare(each, _working_bytes(each, room)) for each in needs)
+        return MemoryPlan(budget, processes, shares, processes + sum(least[:num_awake]), num_awake=num_awake)
+    return None
+
+
+def _working_bytes(needs: ModelNeeds, room: int) -> int:
+    return max(needs.least_working_bytes, min(room - needs.lasting_bytes, needs.most_working_bytes))
 
 
 def _process_bytes(engine: EngineSpec, device: ChosenDevice, num_models: int, *, each_alone: bool) -> int:

@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import structlog
+
 from fastchat.errors import ConfigError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.stored_form import Quantization, QuantizedName
 from fastchat.worker.config import EngineSpec
 from fastchat.worker.device_memory import DeviceMemory, find_device
-from fastchat.worker.memory_plan import MARGIN, MemoryPlan, plan_memory
+from fastchat.worker.memory_plan import MARGIN, MemoryPlan, plan_memory, plan_turns
 from fastchat.worker.model_needs import PlannedModel
 
 SMALLEST_CONTEXT = 256
 _GIB = 2**30
+
+_log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +46,21 @@ def find_remedy(
 def plan_or_refuse(
     checkpoints: Sequence[tuple[str, Checkpoint]], engine: EngineSpec, *, each_alone: bool = False
 ) -> MemoryPlan:
-    """The plan for named checkpoints on this machine. Raises `ConfigError`, in one sentence, where it does not fit."""
+    """The plan for named checkpoints on this machine. Raises `ConfigError`, in one sentence, where it does not fit.
+
+    Models of one worker that do not fit together but some at a time take turns, and the log says so.
+    """
     models = [PlannedModel.of(checkpoint, name) for name, checkpoint in checkpoints]
     memory = find_device(engine.device)
     plan = plan_memory(models, engine, memory, each_alone=each_alone)
-    if not plan.fits:
-        raise ConfigError(refusal(plan, find_remedy(plan, models, engine, memory), memory))
-    return plan
+    if plan.fits:
+        return plan
+    sentence = refusal(plan, find_remedy(plan, models, engine, memory), memory)
+    turns = None if each_alone else plan_turns(models, engine, memory)
+    if turns is None:
+        raise ConfigError(sentence)
+    _log.warning("the models take turns in memory", at_once=turns.num_awake, why=sentence)
+    return turns
 
 
 def refusal(plan: MemoryPlan, remedy: Remedy | None, memory: DeviceMemory) -> str:

@@ -1,0 +1,162 @@
+"""Carries out what `residency.py` decides: brings models into memory, frees them, lets requests wait for them.
+
+One owner of all engines of a worker that may come and go. Loads happen one after the other, because they share the
+disk; freeing is done at once. Called by the engines that requests see (`on_demand_engine.py`) and by the operator's
+routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+
+import structlog
+
+from fastchat.engine.client import EngineClient
+from fastchat.engine.events import EngineStats
+from fastchat.errors import EngineError, FastChatError
+from fastchat.worker.residency import Action, Load, Residency, Ticket
+
+_TOTALS = ("num_steps", "progress", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens", "num_preemptions")
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class ModelKeeper:
+    """`make_engine` of a key makes an engine that has not been started; a new one for every load."""
+
+    def __init__(self, residency: Residency, make_engine: Mapping[str, Callable[[], EngineClient]]) -> None:
+        self.residency = residency
+        self._make_engine = make_engine
+        self._engines: dict[str, EngineClient] = {}
+        self._past = dict.fromkeys(make_engine, EngineStats())
+        self._waiting: dict[Ticket, asyncio.Future[None]] = {}
+        self._has_changed = asyncio.Event()
+        self._one_load = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        places = {resident.key: resident.place.value for resident in self.residency}
+        return f"<ModelKeeper {places}, {len(self._waiting)} waiting>"
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Load and free while the block lasts; leaving it closes every engine."""
+        watch = asyncio.get_running_loop().create_task(self._watch())
+        try:
+            yield
+        finally:
+            tasks = [watch, *self._tasks]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for future in self._waiting.values():
+                future.cancel()
+            for engine in list(self._engines.values()):
+                await engine.close()
+
+    def engine(self, key: str) -> EngineClient | None:
+        """The engine of a model that is awake."""
+        return self._engines.get(key)
+
+    def stats(self, key: str) -> EngineStats:
+        """The condition of the engine there is, with the totals of those that the model had before."""
+        engine = self._engines.get(key)
+        return add_totals(engine.stats if engine is not None else EngineStats(), self._past[key])
+
+    def take(self, key: str) -> Ticket:
+        """A ticket for a model, granted or not; give it back in any case. Raises as `Residency.take`."""
+        ticket = self.residency.take(key)
+        if not ticket.is_granted:
+            self._has_changed.set()
+        return ticket
+
+    async def granted(self, ticket: Ticket) -> EngineClient:
+        """The model's engine, once the ticket is granted. Raises what made it impossible."""
+        if not ticket.is_settled:
+            self._waiting[ticket] = asyncio.get_running_loop().create_future()
+            self._has_changed.set()
+            try:
+                await self._waiting[ticket]
+            finally:
+                del self._waiting[ticket]
+        if ticket.failure is not None:
+            raise ticket.failure
+        return self._engines[ticket.key]
+
+    def give_back(self, ticket: Ticket) -> None:
+        """The request has ended, or waits no more."""
+        self.residency.give_back(ticket)
+        self._has_changed.set()
+
+    async def wake(self, key: str) -> None:
+        """Bring a model into memory and leave it there. Raises what loading raises."""
+        ticket = self.take(key)
+        try:
+            await self.granted(ticket)
+        finally:
+            self.give_back(ticket)
+
+    def changed(self) -> None:
+        """To be called after `residency` was told something by others (pin, unpin, unload)."""
+        self._has_changed.set()
+
+    async def _watch(self) -> None:
+        """Act whenever something has changed, or time alone may have changed something."""
+        while True:
+            self._has_changed.clear()
+            for action in self.residency.next_actions():
+                task = asyncio.get_running_loop().create_task(self._carry_out(action))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            for ticket, future in self._waiting.items():
+                if ticket.is_settled and not future.done():
+                    future.set_result(None)
+            look_at = self.residency.next_look_at()
+            timeout_s = None if look_at is None else look_at - self.residency.clock()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._has_changed.wait()
+
+    async def _carry_out(self, action: Action) -> None:
+        if isinstance(action, Load):
+            async with self._one_load:
+                await self._load(action.key)
+        else:
+            engine = self._engines.pop(action.key)
+            await engine.close()
+            self._past[action.key] = add_totals(self._past[action.key], engine.stats)
+            self.residency.unloaded(action.key)
+            _log.info("model asleep", model=action.key)
+        self._has_changed.set()
+
+    async def _load(self, key: str) -> None:
+        engine = self._make_engine[key]()
+        began_at = time.monotonic()
+        try:
+            await engine.start()
+        except FastChatError as error:
+            await self._give_up(key, engine, error)
+            return
+        except Exception:  # noqa: BLE001 - whatever it is, everybody who waits must hear of it, and the worker lives on
+            await self._give_up(key, engine, EngineError(f"{key} could not be loaded; the worker's log has the cause."))
+            return
+        except asyncio.CancelledError:
+            await engine.close()
+            raise
+        self._engines[key] = engine
+        self.residency.loaded(key)
+        _log.info("model awake", model=key, seconds=round(time.monotonic() - began_at, 1))
+
+    async def _give_up(self, key: str, engine: EngineClient, failure: FastChatError) -> None:
+        _log.exception("a model could not be loaded", model=key)
+        await engine.close()
+        self.residency.load_failed(key, failure)
+
+
+def add_totals(stats: EngineStats, before: EngineStats) -> EngineStats:
+    """`stats` with the totals of `before` added to its own."""
+    return replace(stats, **{name: getattr(stats, name) + getattr(before, name) for name in _TOTALS})

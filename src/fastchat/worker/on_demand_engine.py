@@ -1,0 +1,131 @@
+"""An engine that may be asleep: requests see one engine, whether or not its model is in memory at the moment.
+
+A sequence that is opened while the model is asleep waits for it; its stream is there at once and gets its first event
+when the model has been loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+
+from fastchat.engine.client import EngineClient, EngineLimits, SequenceStream
+from fastchat.engine.events import EngineStats, SequenceRequest
+from fastchat.errors import FastChatError
+from fastchat.worker.memory_plan import MemoryPlan, ModelShare
+from fastchat.worker.model_keeper import ModelKeeper
+from fastchat.worker.residency import Place, Residency, Ticket
+
+
+class OnDemandEngine(EngineClient):
+    """The engine of one model of a `ModelKeeper`. `limits` are those that its plan promises."""
+
+    def __init__(self, key: str, keeper: ModelKeeper, limits: EngineLimits) -> None:
+        super().__init__()
+        self.limits = limits
+        self._key = key
+        self._keeper = keeper
+        self._num_waiting = 0
+        self._failure = None
+
+    async def start(self) -> None:
+        """Bring the model into memory now, where there is room, instead of with the first request."""
+        residency = self._keeper.residency
+        if residency.used_bytes + residency.find(self._key).num_bytes <= residency.budget_bytes:
+            await self._keeper.wake(self._key)
+
+    async def close(self) -> None:
+        """The keeper closes its engines."""
+
+    @asynccontextmanager
+    async def open(self, request: SequenceRequest) -> AsyncIterator[SequenceStream]:
+        """As `EngineClient.open`; the model stays in memory as long as the block lasts."""
+        self._check(request)
+        ticket = self._keeper.take(self._key)
+        stream = SequenceStream()
+        waiting: asyncio.Task[None] | None = None
+        try:
+            if ticket.is_granted:
+                self._engine().submit(request, stream)
+            else:
+                waiting = asyncio.get_running_loop().create_task(self._submit_later(ticket, request, stream))
+            yield stream
+        finally:
+            if waiting is not None:
+                waiting.cancel()
+                with suppress(asyncio.CancelledError):
+                    await waiting
+            if ticket.is_granted:
+                self._engine().abort(request.sequence_id)
+            self._keeper.give_back(ticket)
+
+    def abort(self, sequence_id: str) -> None:
+        """End a sequence early; one that still waits for its model ends with its `open` block."""
+        engine = self._keeper.engine(self._key)
+        if engine is not None:
+            engine.abort(sequence_id)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The condition of the engine there is, with the totals of those before it."""
+        stats = self._keeper.stats(self._key)
+        return replace(stats, num_waiting=stats.num_waiting + self._num_waiting)
+
+    @property
+    def is_alive(self) -> bool:
+        """A sleeping engine is well; one in memory may have died."""
+        engine = self._keeper.engine(self._key)
+        return engine is None or engine.is_alive
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether the model is in memory, so that work that waits should move."""
+        return self._keeper.residency.find(self._key).place is Place.AWAKE
+
+    def _send(self, request: SequenceRequest) -> None:
+        raise NotImplementedError("sequences are opened, which waits for the model")
+
+    def _send_abort(self, sequence_id: str) -> None:
+        raise NotImplementedError("sequences are opened, which waits for the model")
+
+    def _engine(self) -> EngineClient:
+        engine = self._keeper.engine(self._key)
+        assert engine is not None, f"{self._key} left while it was in use"
+        return engine
+
+    async def _submit_later(self, ticket: Ticket, request: SequenceRequest, stream: SequenceStream) -> None:
+        """Wait for the model, then go on as if it had been there."""
+        self._num_waiting += 1
+        try:
+            engine = await self._keeper.granted(ticket)
+            engine.submit(request, stream)
+        except FastChatError as failure:
+            stream.fail(failure)
+        finally:
+            self._num_waiting -= 1
+
+
+def make_keeper(plan: MemoryPlan, make_engines: Sequence[Callable[[], EngineClient]]) -> ModelKeeper:
+    """The keeper of models that take turns by `plan`; each is called by its first name."""
+    residency = Residency(plan.budget.num_bytes - plan.process_bytes, time.monotonic)
+    for share in plan.shares:
+        residency.add(share.needs.model.name, share.total_bytes)
+    keys = [share.needs.model.name for share in plan.shares]
+    return ModelKeeper(residency, dict(zip(keys, make_engines, strict=True)))
+
+
+def promised_limits(share: ModelShare) -> EngineLimits:
+    """What the engine of a model will be able to hold, known before it is loaded."""
+    needs = share.needs
+    return EngineLimits(
+        max_context=share.context,
+        num_blocks=share.cache_bytes // needs.block_bytes,
+        block_size=needs.block_size,
+        vocab_size=needs.model.footprint.vocab_size,
+        embedding_size=needs.model.footprint.hidden_size,
+        device=needs.device,
+        dtype=needs.quantization.name if needs.quantization else needs.dtype,
+    )
