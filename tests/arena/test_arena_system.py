@@ -101,6 +101,14 @@ def test_a_blind_round_never_pairs_a_model_with_itself(system):
         assert sorted(names.values()) == sorted(NAMES)
 
 
+def wait_for_running(system, number):
+    """An engine tells what runs after its step."""
+    began_at = time.monotonic()
+    while num_running(system) != number:
+        assert time.monotonic() - began_at < 10
+        time.sleep(0.02)
+
+
 def test_a_client_that_leaves_frees_both_sequences(system):
     """Both engines are idle long before the answers would have ended."""
     endless = {**QUESTION, "models": NAMES, "max_tokens": 2500, "ignore_eos": True}
@@ -108,12 +116,9 @@ def test_a_client_that_leaves_frees_both_sequences(system):
     seen = b""
     while not all(b'"side":"%s"' % side in seen for side in (b"a", b"b")):
         seen += answer.readline().partition(b'"sides":')[0]
-    assert num_running(system) == 2
+    wait_for_running(system, 2)
     answer.close()
-    left_at = time.monotonic()
-    while num_running(system):
-        assert time.monotonic() - left_at < 10
-        time.sleep(0.02)
+    wait_for_running(system, 0)
 
 
 def test_votes_survive_a_killed_server_and_are_exported_without_it(system, tmp_path):
