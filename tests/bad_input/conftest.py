@@ -33,7 +33,7 @@ def target(tmp_path_factory):
     if not FOLDER.exists():
         pytest.skip("the reference checkpoints are not beside the project")
     folder = tmp_path_factory.mktemp("target")
-    flags = ("--model-path", FOLDER / MODEL)
+    flags = ("--model-path", FOLDER / MODEL, "--dtype", "float32")  # exact in any batch
     with running_system(
         folder, worker_flags=flags, model_names=(MODEL,), environment={"OMP_NUM_THREADS": "1"}
     ) as system:
