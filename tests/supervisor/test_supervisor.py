@@ -66,7 +66,7 @@ class Run:
         assert not [child for child in psutil.Process().children(recursive=True) if child not in self.others]
 
     async def outcome(self):
-        return await asyncio.wait_for(asyncio.shield(self.task), 20)
+        return await asyncio.wait_for(asyncio.shield(self.task), 60)
 
 
 def run(scenario):

@@ -17,7 +17,7 @@ DEMO = "chatglm2-demo"
 ENDLESS = "endless"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
     """Debian's Chromium, without a window."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,14 +28,14 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def endless_model(tmp_path_factory):
     """A model whose answers go on until its context is full."""
     folder = tmp_path_factory.mktemp("models") / ENDLESS
     return write_checkpoint(folder, "chatglm2", config={"seq_length": 8192, "eos_token_id": 1})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def system(tmp_path_factory, endless_model):
     flags = ("--model-path", DEMO_MODEL, "--model-names", DEMO, "--model-path", endless_model, "--model-names", ENDLESS)
     with running_system(
@@ -48,7 +48,7 @@ def system(tmp_path_factory, endless_model):
         yield system
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def page_server(system):
     """`python3 -m fastchat.serve.gradio_web_server` on that system."""
     with start_command(
