@@ -10,6 +10,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_c17_a_log_that_cannot_be_written_fails_no_request(tmp_path):
     with start_command("controller", "--port", "0", state_dir=tmp_path) as known:
         port = known.port
     with ServerProcess(
-        ["sh", "-c", f"exec python -m fastchat.serve.controller --port {port} 2>/dev/full"],
+        ["sh", "-c", f"exec {sys.executable} -m fastchat.serve.controller --port {port} 2>/dev/full"],
         environment={"FASTCHAT_STATE_DIR": str(tmp_path)},
     ) as process:
         token = (tmp_path / "cluster-token").read_text().strip()

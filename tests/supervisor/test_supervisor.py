@@ -65,19 +65,23 @@ class Run:
         await self.task
         assert not [child for child in psutil.Process().children(recursive=True) if child not in self.others]
 
+    async def child(self, *, other_than=None):
+        """The pid of a process it started, waited for; the test run may have other children."""
+        return await child_of(os.getpid(), but=[*(other.pid for other in self.others), other_than])
+
     async def outcome(self):
         return await asyncio.wait_for(asyncio.shield(self.task), 60)
 
 
 def run(scenario):
     """A scenario on its own loop, within a limit."""
-    asyncio.run(asyncio.wait_for(scenario, 30))
+    asyncio.run(asyncio.wait_for(scenario, 60))
 
 
-async def child_of(pid, *, other_than=None):
+async def child_of(pid, *, but=()):
     """The pid of a child of this process, waited for."""
     while True:
-        pids = [child.pid for child in psutil.Process(pid).children() if child.pid != other_than]
+        pids = [child.pid for child in psutil.Process(pid).children() if child.pid not in but]
         if pids:
             return pids[0]
         await asyncio.sleep(0.01)
@@ -91,10 +95,10 @@ def test_killed_process_is_started_again():
         async with Run(spec("worker a", SERVES, on_start=starts.put_nowait)) as at_work:
             assert await at_work.ready == ["worker a"]
             await starts.get()
-            first = await child_of(os.getpid())
+            first = await at_work.child()
             os.kill(first, signal.SIGKILL)
             await starts.get()
-            assert await child_of(os.getpid(), other_than=first) != first
+            assert await at_work.child(other_than=first) != first
             at_work.supervisor.stop()
             assert await at_work.outcome() == Outcome(0)
 
@@ -149,7 +153,7 @@ def test_workers_load_one_at_a_time():
         async with Run(*specs) as at_work:
             assert await at_work.ready == ["worker a", "worker b", "worker c"]
             assert [started.get_nowait() for _ in range(3)] == ["worker a", "worker b", "worker c"]
-            os.kill(await child_of(os.getpid()), signal.SIGKILL)
+            os.kill(await at_work.child(), signal.SIGKILL)
             assert await started.get() in {"worker a", "worker b", "worker c"}
 
     run(scenario())
@@ -207,7 +211,7 @@ def test_stop_while_a_model_loads_does_not_wait_for_it():
 
     async def scenario():
         async with Run(spec("worker a", LOADS_FOR_EVER), spec("worker b", SERVES)) as at_work:
-            await child_of(os.getpid())
+            await at_work.child()
             began = time.monotonic()
             at_work.supervisor.stop()
             assert await at_work.outcome() == Outcome(0)

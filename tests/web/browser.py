@@ -19,7 +19,7 @@ FLAGS = (
     "--disable-sync",
 )
 WIDE = {"width": 1280, "height": 800}
-LIMIT_MS = 30_000
+LIMIT_MS = 60_000
 
 
 class Visit:
@@ -96,7 +96,7 @@ class Visit:
         notice.wait_for()
         return notice.inner_text()
 
-    def wait_for(self, condition: Callable[[], bool], *, what: str, limit_s: float = 20.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], *, what: str, limit_s: float = 60.0) -> None:
         """Wait until something holds that the page does not announce."""
         deadline = time.monotonic() + limit_s
         while not condition():

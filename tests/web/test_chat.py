@@ -57,7 +57,7 @@ def test_stop_ends_the_answer_on_the_worker(visit, num_running):
     assert num_running() == 1
     visit.page.click("#stop")
     visit.wait_until_answered()
-    visit.wait_for(lambda: num_running() == 0, what="the worker's running count is 0", limit_s=5)
+    visit.wait_for(lambda: num_running() == 0, what="the worker's running count is 0")
     (answer,) = visit.answers()
     visit.page.wait_for_timeout(500)
     assert visit.answers() == [answer]
@@ -70,7 +70,7 @@ def test_a_closed_tab_ends_the_answer_on_the_worker(visit, num_running):
     assert num_running() == 1
     visit.page.close()
     visit.page = visit.page.context.new_page()
-    visit.wait_for(lambda: num_running() == 0, what="the worker's running count is 0", limit_s=10)
+    visit.wait_for(lambda: num_running() == 0, what="the worker's running count is 0")
 
 
 def test_retry_answers_the_same_question_again(visit):

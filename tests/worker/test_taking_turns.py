@@ -68,12 +68,14 @@ def test_models_that_do_not_fit_together_answer_in_turn(tmp_path, folders, plann
     together = plan_memory(planned, ENGINE, UNLIMITED)
     alone = plan_memory(planned[:1], ENGINE, UNLIMITED)
     budget = (together.least_bytes + alone.total_bytes) // 2
-    with served(folders, tmp_path / "roomy") as roomy:
-        client = client_of(roomy)
+    with served(folders, tmp_path / "roomy") as roomy, client_of(roomy) as client:
         expected = {name: [answer(client, name, number) for number in range(7)] for name in NAMES}
     assert expected["first"] != expected["second"]
-    with served(folders, tmp_path / "narrow", "--memory", str(budget)) as narrow, peak_of(narrow.pid) as peak:
-        client = client_of(narrow)
+    with (
+        served(folders, tmp_path / "narrow", "--memory", str(budget)) as narrow,
+        peak_of(narrow.pid) as peak,
+        client_of(narrow) as client,
+    ):
         for number in range(4):
             assert answer(client, NAMES[number % 2], number) == expected[NAMES[number % 2]][number % 7]
         with ThreadPoolExecutor(8) as pool:
