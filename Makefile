@@ -17,7 +17,7 @@ serve: venv
 	$(BIN)/fastchat serve
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
