@@ -34,6 +34,22 @@ def test_fewest_outstanding_tokens_win():
     assert Dispatcher().choose(snapshot, "m").worker_id == "b"
 
 
+def test_a_replica_with_the_model_in_memory_is_preferred():
+    """Then one that is loading it; between equals the tokens decide, and a sleeping one serves where it is alone."""
+
+    def replica(worker_id: str, state: str, *, queued: int = 0) -> WorkerEntry:
+        entry = worker(worker_id)
+        return entry.model_copy(update={"load": Load(num_queued_tokens=queued, states={"m": state})})
+
+    asleep, loading = replica("asleep", "asleep"), replica("loading", "loading")
+    awake, idle = replica("awake", "awake", queued=1000), replica("idle", "awake")
+    order = [asleep, replica("leaving", "leaving", queued=1), loading, awake, idle]
+    for last, best in enumerate(order):
+        expected = best.worker_id if best.worker_id != "leaving" else "asleep"
+        assert Dispatcher().choose(table(*order[: last + 1]), "m").worker_id == expected
+    assert Dispatcher().choose(table(asleep, worker("silent", queued=9)), "m").worker_id == "silent"
+
+
 def test_requests_of_ours_count_until_the_worker_reports_them():
     """A request sent since the last report counts; once the report changes, the report has it."""
     dispatcher = Dispatcher()

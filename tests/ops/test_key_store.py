@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import stat
+from contextlib import closing
 
 import pytest
 
@@ -35,6 +37,31 @@ def test_file_is_the_owner_s_alone_and_holds_no_key(store, tmp_path):
         assert key.encode() not in file.read_bytes()
         assert key[6:30].encode() not in file.read_bytes()
     assert stored.digest == hashlib.sha256(key.encode()).digest()
+
+
+def test_operators_are_told_apart_and_an_older_store_has_none(tmp_path):
+    """A key made for operators, one for clients, and a file of the time before operators."""
+    path = tmp_path / STORE_FILE_NAME
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(
+            "CREATE TABLE keys (key_id TEXT PRIMARY KEY, name TEXT NOT NULL, digest BLOB NOT NULL UNIQUE, "
+            "created_at INTEGER NOT NULL, expires_at INTEGER, revoked_at INTEGER, last_used_on TEXT) WITHOUT ROWID"
+        )
+        database.execute("INSERT INTO keys VALUES ('key-0', '', ?, 1, NULL, NULL, NULL)", (key_digest("old"),))
+        database.commit()
+    for _ in range(2):
+        store = KeyStore(path)
+        assert not any(key.is_operator for key in store.all_keys())
+        store.close()
+    store = KeyStore(path)
+    _, operator = store.create(name="", created_at=NOW, expires_at=None, is_operator=True)
+    _, client = make(store)
+    keys = ApiKeys(("given",), clock=lambda: NOW)
+    keys.replace_stored(store.all_keys())
+    store.close()
+    assert [keys.is_operator(key) for key in ("given", operator, client, "old", "other", "")] == [True, True] + [
+        False
+    ] * 4
 
 
 def test_keys_differ_and_have_256_random_bits():

@@ -136,6 +136,6 @@ def test_list_shows_until_when_a_key_holds(keys):
     keys("create", "--name", "short", "--expires", "2h")
     keys("create", "--name", "long", "--expires", "2099-01-31")
     lines = keys("list").stdout.splitlines()
-    assert lines[0].split() == ["ID", "NAME", "STATE", "CREATED", "EXPIRES", "LAST", "USED"]
+    assert lines[0].split() == ["ID", "NAME", "MAY", "STATE", "CREATED", "EXPIRES", "LAST", "USED"]
     assert any("long" in line and "2099-01-31 00:00Z" in line for line in lines[1:])
     assert all(" valid " in line for line in lines[1:])

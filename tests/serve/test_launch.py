@@ -307,6 +307,7 @@ FLAGS = [
     *("--stream-interval", "2", "--seed", "-7", "--embed-in-truncate", "--debug"),
     *("--api-keys", "k1,k2", "--allowed-origins", '["https://example.org"]', "--allow-credentials", "--ssl"),
     *("--host", "0.0.0.0"),
+    *("--idle-timeout", "90", "--pin", "b,c"),
 ]
 
 
@@ -335,6 +336,7 @@ def test_worker_s_flags_are_handed_on():
     assert (config.stream_interval, config.default_seed, config.truncates_embedding_input) == (2, -7, True)
     assert (there.host, there.port, there.controller_address) == ("localhost", 3, "http://127.0.0.1:2")
     assert (there.model_names, there.debug) == (("a", "b"), "true")
+    assert (config.idle_timeout_s, config.pinned) == (90, ("b",))  # c is another worker's
 
 
 def test_api_server_s_flags_are_handed_on():

@@ -147,6 +147,7 @@ def test_flags_become_the_workers_config(tmp_path, monkeypatch):
     listeners = bind_listeners("127.0.0.1", 0)
     flags = ["--limit-worker-concurrency", "5", "--stream-interval", "2", "--seed", "3", "--max-gpu-memory", "2GiB"]
     flags += ["--kv-cache-memory", "1MiB", "--max-context", "64", "--max-batch-tokens", "32", "--no-register"]
+    flags += ["--idle-timeout", "60", "--pin", "x"]
     arguments = create_model_worker_parser().parse_args(["--model-path", "x", *flags, "--embed-in-truncate"])
     config = worker_config(arguments, read_environment(), listeners, (ModelSpec(Path(arguments.model_path)),))
     for listener in listeners.sockets:
@@ -154,6 +155,7 @@ def test_flags_become_the_workers_config(tmp_path, monkeypatch):
     assert config.address == f"http://127.0.0.1:{listeners.port}"
     assert config.controller_address is None
     assert (config.stream_interval, config.default_seed, config.truncates_embedding_input) == (2, 3, True)
+    assert (config.idle_timeout_s, config.pinned) == (60, ("x",))
     engine = config.engine
     assert (engine.max_running, engine.max_context, engine.max_batch_tokens) == (5, 64, 32)
     assert (engine.kv_cache_bytes, engine.max_device_bytes) == (2**20, 2 * 2**30)

@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from fastchat.api.served_model import ServedModel
@@ -89,7 +90,8 @@ def test_engine_in_a_process_answers_like_one_in_a_thread(thread, checkpoints, w
         assert vectors[0][0]["embedding"] == pytest.approx(vectors[1][0]["embedding"], abs=1e-6)
         other.wait_until_empty()
         engine = other.runtime.models.find("qwen").engine
-        engine._process.kill()
+        (child,) = (each for each in psutil.Process().children() if "fastchat.worker.engine_process" in each.cmdline())
+        child.kill()
         wait_until(lambda: not engine.is_alive)
         assert other.get("/health").status_code == 503
         answer = other.post("/v1/chat/completions", CHAT)
@@ -218,6 +220,8 @@ def test_bad_models_are_told_before_any_weight_is_read(checkpoints, tmp_path):
         open_models(worker_config(checkpoints, models=(ModelSpec(checkpoints["qwen"]),) * 2))
     with pytest.raises(ConfigError, match="no-such-format"):
         open_models(worker_config(checkpoints, models=(ModelSpec(checkpoints["qwen"], (), "no-such-format"),)))
+    with pytest.raises(ConfigError, match="--pin names 'vicuna'"):
+        open_models(worker_config(checkpoints, pinned=("vicuna",)), on_demand=True)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastchat.errors import EngineError, ModelNotFoundError, UnavailableError
+from fastchat.errors import ConflictError, EngineError, ModelNotFoundError, UnavailableError
 from fastchat.worker.residency import Load, Place, Residency, Ticket, Unload
 
 
@@ -167,8 +167,21 @@ def test_unloading_waits_for_the_stream_that_runs(clock):
     made.loaded("a")
     assert newcomer.is_granted
     made.pin("a")
-    with pytest.raises(UnavailableError, match="unpin"):
+    with pytest.raises(ConflictError, match="unpin"):
         made.unload("a")
+
+
+def test_whoever_waited_for_a_load_gets_it_even_if_it_is_to_leave_again(clock):
+    """An unload during a load does not load the model twice."""
+    made = residency(clock, {"a": 4}, 10)
+    waiting = made.take("a")
+    assert made.next_actions() == [Load("a")]
+    made.unload("a")
+    made.loaded("a")
+    assert waiting.is_granted
+    assert made.next_actions() == []
+    made.give_back(waiting)
+    assert made.next_actions() == [Unload("a")]
 
 
 def test_an_unknown_model_is_named(clock):
@@ -238,7 +251,10 @@ class AnyHistory(RuleBasedStateMachine):
         try:
             getattr(self.made, does)(key)
         except UnavailableError:
-            assert does != "unpin"
+            assert does == "pin"
+        except ConflictError:
+            assert does == "unload"
+            assert self.made.find(key).is_pinned
         self.act()
 
     @rule(seconds=st.floats(0.1, 10))

@@ -5,7 +5,7 @@ Every internal request carries `Authorization: Bearer <cluster token>`. The head
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -40,6 +40,12 @@ CONNECT_PATH = "/cluster/connect"
 WATCH_PATH = "/cluster/watch"
 """GET: a stream of JSON lines, one whole table each, at once and after every change, at least every 5 s."""
 
+MODEL_CONTROL_PATH = "/api/v1/models"
+"""Of a worker and of the API server: GET tells the models' states, POST of `{model}/{action}` below it changes one."""
+ModelAction = Literal["load", "unload", "sleep", "wake", "pin", "unpin"]
+MODEL_ACTIONS: tuple[ModelAction, ...] = get_args(ModelAction)
+ModelState = Literal["asleep", "loading", "awake", "leaving"]
+
 
 class Message(BaseModel):
     """Base of what crosses a process border: strict and closed."""
@@ -61,12 +67,16 @@ class ModelEntry(Message):
 
 
 class Load(Message):
-    """A worker's progress. `progress` only grows; `num_queued_tokens` is what waits or runs, in tokens to compute."""
+    """A worker's progress. `progress` only grows; `num_queued_tokens` is what waits or runs, in tokens to compute.
+
+    `states` are those of its models, by every name; one that is not in it is awake.
+    """
 
     progress: int = 0
     num_running: int = 0
     num_waiting: int = 0
     num_queued_tokens: int = 0
+    states: dict[str, ModelState] = {}
 
 
 class Hello(Message):

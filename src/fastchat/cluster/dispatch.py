@@ -1,4 +1,5 @@
-"""Which worker a request goes to: the one with the fewest outstanding tokens. Policy only; it sends nothing.
+"""Which worker a request goes to: one that has the model in memory, and of those the one with the fewest outstanding
+tokens. Policy only; it sends nothing.
 
 A worker's outstanding tokens are what it last reported and what this process has sent it since: a request of ours
 counts until the worker's report changes, because the report then includes it.
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from fastchat.cluster.contract import Load, TableSnapshot, WorkerEntry
+from fastchat.cluster.contract import Load, ModelState, TableSnapshot, WorkerEntry
 from fastchat.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
+
+_DISTANCES: dict[ModelState, int] = {"awake": 0, "loading": 1, "leaving": 2, "asleep": 2}
 
 Capability = Literal["chat", "completions", "embeddings"]
 
@@ -85,7 +88,7 @@ class Dispatcher:
         ready = [worker for worker in capable if worker.state == "ready" and worker.worker_id not in tried]
         if not ready:
             raise UnavailableError(_why_not(model, capable, tried), code="no_worker")
-        return min(ready, key=self._rank)
+        return min(ready, key=lambda worker: (_distance(worker, model), self._rank(worker)))
 
     def _rank(self, worker: WorkerEntry) -> tuple[int, int, int]:
         """Fewest outstanding tokens first, then fewest requests of ours, then the one chosen longest ago."""
@@ -120,6 +123,11 @@ def _serves(worker: WorkerEntry, model: str, capability: Capability | None) -> b
     return any(
         entry.name == model and (capability is None or capability in entry.capabilities) for entry in worker.models
     )
+
+
+def _distance(worker: WorkerEntry, model: str) -> int:
+    """How far a worker is from answering: 0 with the model in memory, 1 while it loads, 2 where it must be loaded."""
+    return _DISTANCES[worker.load.states.get(model, "awake")]
 
 
 def _why_not(model: str, capable: list[WorkerEntry], tried: Collection[str]) -> str:

@@ -74,6 +74,7 @@ class ControlConnection:
         self._num_dropped = 0
         self._is_draining = False
         self._has_said_goodbye = False
+        self._reports_now = False
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -138,6 +139,11 @@ class ControlConnection:
     def drain(self) -> None:
         """Say goodbye: no new requests for this worker, now and after any reconnect."""
         self._is_draining = True
+        self._wake.set()
+
+    def report_now(self) -> None:
+        """Send progress at once instead of within the second: something changed that others should know."""
+        self._reports_now = True
         self._wake.set()
 
     async def _run(self, session: aiohttp.ClientSession) -> None:
@@ -206,7 +212,8 @@ class ControlConnection:
                 while self._num_sent < len(self._records):
                     self._num_sent += 1
                     await _send(socket, self._records[self._num_sent - 1])
-                if loop.time() >= next_progress_at:
+                if self._reports_now or loop.time() >= next_progress_at:
+                    self._reports_now = False
                     await _send(socket, Progress(load=self._get_load()))
                     next_progress_at = loop.time() + PROGRESS_INTERVAL_S
                 await self._sleep_until(next_progress_at)

@@ -75,6 +75,8 @@ class EngineClient(ABC):
     """Submit sequences to one engine and read their events. Owned by one event loop."""
 
     limits: EngineLimits
+    load_progress: float = 0.0
+    """How much of the model has been read while `start` runs, from 0 to 1. Set from any thread."""
 
     def __init__(self) -> None:
         self._streams: dict[str, SequenceStream] = {}

@@ -46,7 +46,9 @@ class ProcessEngineClient(EngineClient):
         except BaseException:
             ours.close()
             raise
-        match await _read_message(reader):
+        while (first := await _read_message(reader)) is not None and first[0] == "loading":
+            self.load_progress = float(first[1])
+        match first:
             case ["ready", limits]:
                 self.limits = wire.decode_limits(limits)
             case ["failed", str(kind), str(message)]:

@@ -21,6 +21,7 @@ from fastchat.gateway.config import ApiServerConfig
 from fastchat.gateway.exchange import Exchanges
 from fastchat.gateway.key_watch import KeyWatch
 from fastchat.gateway.live_table import LiveTable
+from fastchat.gateway.model_control import WorkerLine
 from fastchat.gateway.mounted import MountedRoutes
 from fastchat.gateway.relay import Relay, create_session
 from fastchat.gateway.routes import OPEN_PATHS, ApiRoutes
@@ -44,6 +45,7 @@ def create_api_app(config: ApiServerConfig, mounted: Sequence[MountedRoutes] = (
             session = await running.enter_async_context(create_session())
             await running.enter_async_context(watcher.keep_open())
             await running.enter_async_context(_followed(table, exchanges))
+            routes.control.line = WorkerLine(session, exchanges, config.cluster_token)
             routes.relay = Relay(
                 session=session,
                 table=table,

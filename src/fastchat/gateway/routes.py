@@ -34,6 +34,7 @@ from fastchat.errors import FastChatError, UnavailableError
 from fastchat.gateway.admission import admit
 from fastchat.gateway.answers import WholeAnswer
 from fastchat.gateway.live_table import LiveTable
+from fastchat.gateway.model_control import ModelControl
 from fastchat.gateway.model_list import model_card, model_list
 from fastchat.gateway.mounted import Endpoint, MountedRoutes
 from fastchat.gateway.openapi import Operation, openapi_document
@@ -98,7 +99,8 @@ class ApiRoutes:
         self._table = table
         self._dispatcher = dispatcher
         self._keys = keys
-        self._mounted = tuple(route for part in mounted for route in part.routes)
+        self.control = ModelControl(table, keys)
+        self._mounted = (*self.control.routes(), *(route for part in mounted for route in part.routes))
         self.metrics = GatewayMetrics(route.path for route in RELAYED_ROUTES)
         self._openapi: dict[bool, bytes] = {}
 

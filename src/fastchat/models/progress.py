@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
@@ -29,6 +29,21 @@ def show_progress(num_shards: int) -> Iterator[Report]:
             bar.update(num_loaded - bar.n)
 
         yield draw
+
+
+@contextmanager
+def show_and_tell(tell: Callable[[float], object]) -> Iterator[Report]:
+    """As `show_progress`, and `tell` hears the share that is loaded, from 0 to 1, after each shard."""
+    with ExitStack() as stack:
+        shown: Report | None = None
+
+        def report(num_loaded: int, num_shards: int) -> None:
+            nonlocal shown
+            shown = shown or stack.enter_context(show_progress(num_shards))
+            shown(num_loaded, num_shards)
+            tell(num_loaded / num_shards)
+
+        yield report
 
 
 def _log_progress(num_loaded: int, num_shards: int) -> None:

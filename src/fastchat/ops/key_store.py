@@ -13,7 +13,7 @@ import sqlite3
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastchat.errors import ConfigError
@@ -24,14 +24,22 @@ _BUSY_LIMIT_S = 5.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
     key_id TEXT PRIMARY KEY, name TEXT NOT NULL, digest BLOB NOT NULL UNIQUE,
-    created_at INTEGER NOT NULL, expires_at INTEGER, revoked_at INTEGER, last_used_on TEXT
+    created_at INTEGER NOT NULL, expires_at INTEGER, revoked_at INTEGER, last_used_on TEXT,
+    is_operator INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID
 """
 
 
+_ADD_OPERATORS = "ALTER TABLE keys ADD COLUMN is_operator INTEGER NOT NULL DEFAULT 0"
+"""For a store of the time before operators."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """What is known of one key. Times are in seconds since 1970, the day is a date in UTC."""
+    """What is known of one key. Times are in seconds since 1970, the day is a date in UTC.
+
+    `is_operator`: it may also load, unload and pin models.
+    """
 
     key_id: str
     name: str
@@ -40,6 +48,7 @@ class StoredKey:
     expires_at: int | None
     revoked_at: int | None
     last_used_on: str | None
+    is_operator: bool = False
 
     def is_valid(self, now: float) -> bool:
         """Whether it opens anything at `now`."""
@@ -61,6 +70,7 @@ class KeyStore:
             try:
                 self._database.execute("PRAGMA journal_mode=WAL")
                 self._database.execute(_SCHEMA)
+                self._add_operators()
             except sqlite3.Error:
                 self._database.close()
                 raise
@@ -68,7 +78,9 @@ class KeyStore:
     def __repr__(self) -> str:
         return f"<KeyStore {self._path}>"
 
-    def create(self, *, name: str, created_at: int, expires_at: int | None) -> tuple[StoredKey, str]:
+    def create(
+        self, *, name: str, created_at: int, expires_at: int | None, is_operator: bool = False
+    ) -> tuple[StoredKey, str]:
         """A new key: what is kept of it, and the key itself, which is nowhere else."""
         key = new_key()
         stored = StoredKey(
@@ -79,17 +91,18 @@ class KeyStore:
             expires_at=expires_at,
             revoked_at=None,
             last_used_on=None,
+            is_operator=is_operator,
         )
-        row = (stored.key_id, name, stored.digest, created_at, expires_at)
+        row = (stored.key_id, name, stored.digest, created_at, expires_at, is_operator)
         with self._told():
-            self._database.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, NULL, NULL)", row)
+            self._database.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, NULL, NULL, ?)", row)
         return stored, key
 
     def all_keys(self) -> tuple[StoredKey, ...]:
         """All of them, the revoked too, oldest first."""
         with self._told():
             rows = self._database.execute("SELECT * FROM keys ORDER BY created_at, key_id").fetchall()
-        return tuple(StoredKey(*row) for row in rows)
+        return tuple(replace(StoredKey(*row), is_operator=bool(row[-1])) for row in rows)
 
     def revoke(self, key_id: str, *, now: int) -> bool:
         """Revoke it, for ever; False where there is no such key."""
@@ -120,6 +133,15 @@ class KeyStore:
     def close(self) -> None:
         """Close the file."""
         self._database.close()
+
+    def _add_operators(self) -> None:
+        columns = {row[1] for row in self._database.execute("PRAGMA table_info(keys)")}
+        if "is_operator" not in columns:
+            try:
+                self._database.execute(_ADD_OPERATORS)
+            except sqlite3.OperationalError as error:
+                if "duplicate column" not in str(error):  # another process was quicker
+                    raise
 
     @contextmanager
     def _told(self) -> Iterator[None]:

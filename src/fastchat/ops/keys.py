@@ -53,6 +53,14 @@ class ApiKeys:
         """An opaque id of who holds `bearer`: the key's id, where it has one; "" where no key is needed."""
         return "" if self.is_open else self._tenant(bearer) or ""
 
+    def is_operator(self, bearer: str) -> bool:
+        """Whether `bearer` may move models: a key that the process was started with, or one made for operators."""
+        digest = key_digest(bearer)
+        if any(hmac.compare_digest(known, digest) for known in self._tenants):
+            return True
+        stored = self._stored.get(digest)
+        return stored is not None and stored.is_operator and self._tenant(bearer) is not None
+
     def take_used_ids(self) -> frozenset[str]:
         """The ids of the stored keys that were used since the last call."""
         used = frozenset(self._used_ids)

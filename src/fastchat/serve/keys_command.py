@@ -19,7 +19,7 @@ from fastchat.serve.arguments import create_parser, flag_type, run_command
 _MAX_NAME_CHARACTERS = 64
 _DURATION = re.compile(r"(?P<number>[0-9]{1,6})(?P<unit>[mhdw])")
 _UNITS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
-_HEADINGS = ("ID", "NAME", "STATE", "CREATED", "EXPIRES", "LAST USED")
+_HEADINGS = ("ID", "NAME", "MAY", "STATE", "CREATED", "EXPIRES", "LAST USED")
 
 
 def create_keys_parser() -> argparse.ArgumentParser:
@@ -40,6 +40,9 @@ def create_keys_parser() -> argparse.ArgumentParser:
         metavar="WHEN",
         help="how long it holds, like 90d, 12h or 30m, or until when, like 2030-01-31 (default: until it is revoked)",
     )
+    create.add_argument(
+        "--operator", action="store_true", help="it may also load, unload and pin models (default: it may not)"
+    )
     listing = actions.add_parser("list", help="show all keys: ids, names, days of last use; never the keys")
     listing.add_argument("--json", action="store_true", help="write JSON, times in seconds since 1970")
     revoke = actions.add_parser("revoke", help="end keys for ever")
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = KeyStore(_store_path())
     try:
         if arguments.action == "create":
-            _create(store, arguments.name or "", arguments.expires)
+            _create(store, arguments.name or "", arguments.expires, is_operator=arguments.operator)
         elif arguments.action == "list":
             sys.stdout.write(_as_json(store.all_keys()) if arguments.json else _as_table(store.all_keys()))
         else:
@@ -67,10 +70,10 @@ def _store_path() -> Path:
     return read_environment().state_dir / STORE_FILE_NAME
 
 
-def _create(store: KeyStore, name: str, expires_at: int | None) -> None:
+def _create(store: KeyStore, name: str, expires_at: int | None, *, is_operator: bool) -> None:
     """The key alone goes to stdout, so that a script can take it."""
     is_first = not store.all_keys()
-    stored, key = store.create(name=name, created_at=int(time.time()), expires_at=expires_at)
+    stored, key = store.create(name=name, created_at=int(time.time()), expires_at=expires_at, is_operator=is_operator)
     sys.stderr.write(f"{stored.key_id} is made; the key is shown this once and kept nowhere:\n")
     sys.stderr.flush()
     sys.stdout.write(key + "\n")
@@ -100,6 +103,7 @@ def _as_json(keys: Sequence[StoredKey]) -> str:
         {
             "id": key.key_id,
             "name": key.name,
+            "is_operator": key.is_operator,
             "state": _state(key),
             "created_at": key.created_at,
             "expires_at": key.expires_at,
@@ -122,7 +126,8 @@ def _as_table(keys: Sequence[StoredKey]) -> str:
 
 def _row(key: StoredKey) -> tuple[str, ...]:
     expires = "never" if key.expires_at is None else _moment(key.expires_at)
-    return key.key_id, key.name or "-", _state(key), _moment(key.created_at), expires, key.last_used_on or "never"
+    may = "operate" if key.is_operator else "ask"
+    return key.key_id, key.name or "-", may, _state(key), _moment(key.created_at), expires, key.last_used_on or "never"
 
 
 def _state(key: StoredKey) -> str:

@@ -100,6 +100,7 @@ def create_serve_parser() -> argparse.ArgumentParser:
     openai_api_server.add_arena_flags(parser)
     controller.add_allowed_workers_flag(parser)
     gradio_web_server.add_serve_flags(parser)
+    worker_arguments.add_pin_flag(parser)
     worker_arguments.add_serving_flags(parser)
     add_security_flags(parser)
     add_config_flag(parser, default="~/.config/fastchat/config.toml, if there")
@@ -182,7 +183,8 @@ def process_specs(
     def worker_command(folder: ServedFolder, port: int) -> list[str]:
         address = ["--host", INTERNAL_HOST, "--port", str(port)]
         # The share comes last: it replaces the budget for all workers.
-        return _command("model_worker", [*_model_flags(folder), *address, *worker_flags, *folder.memory_flags])
+        model_flags = [*_model_flags(folder), *_pin_flags(arguments, folder)]
+        return _command("model_worker", [*model_flags, *address, *worker_flags, *folder.memory_flags])
 
     workers = (
         ProcessSpec(
@@ -270,6 +272,9 @@ def _served_folders(arguments: argparse.Namespace) -> list[ServedFolder]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
+    for name in arguments.pin:
+        if name not in names:
+            raise ConfigError(f"--pin names {name!r}, but the models here are {', '.join(names)}.")
     engine = worker_arguments.engine_spec(arguments, max_running=arguments.limit_worker_concurrency)
     named = [(folder.names[0], checkpoint) for folder, checkpoint in zip(folders, checkpoints, strict=True)]
     plan = plan_or_refuse(named, engine, each_alone=True)
@@ -316,6 +321,11 @@ def _choose_ports(arguments: argparse.Namespace, num_workers: int) -> Ports:
 def _model_flags(folder: ServedFolder) -> list[str]:
     template = [f"--conv-template={folder.conv_template}"] if folder.conv_template is not None else []
     return [f"--model-path={folder.path.absolute()}", f"--model-names={','.join(folder.names)}", *template]
+
+
+def _pin_flags(arguments: argparse.Namespace, folder: ServedFolder) -> list[str]:
+    pinned = [name for name in arguments.pin if name in folder.names]
+    return [f"--pin={','.join(pinned)}"] if pinned else []
 
 
 def _access_flags(arguments: argparse.Namespace) -> list[str]:

@@ -64,12 +64,24 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         "it names this machine's address towards the controller)",
     )
     add_controller_address_flag(parser)
+    add_pin_flag(parser)
     parser.add_argument(
         "--no-register", action="store_true", help="serve without telling a controller (default: register)"
     )
     add_serving_flags(parser)
     add_security_flags(parser)
     add_config_flag(parser)
+
+
+def add_pin_flag(parser: argparse.ArgumentParser) -> None:
+    """`--pin`."""
+    parser.add_argument(
+        "--pin",
+        type=flag_type(model_names, join=",".join),
+        default=(),
+        metavar="A,B",
+        help="names of models that stay in memory, whatever else is asked for (default: none)",
+    )
 
 
 def add_serving_flags(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +111,13 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
         "--embed-in-truncate",
         action="store_true",
         help="cut embedding inputs that are longer than the context (default: refuse them)",
+    )
+    parser.add_argument(
+        "--idle-timeout",
+        type=flag_type(positive),
+        metavar="SECONDS",
+        help="free the memory of a model that nobody has used for so long; the next request for it loads it again "
+        "(default: never, only when another model needs the memory)",
     )
     parser.add_argument(
         "--debug", nargs="?", const="true", default="", metavar="BOOL", help="log more, for developers (default: off)"
@@ -212,6 +231,8 @@ def worker_config(
         stream_interval=arguments.stream_interval,
         default_seed=arguments.seed,
         truncates_embedding_input=arguments.embed_in_truncate,
+        idle_timeout_s=arguments.idle_timeout,
+        pinned=arguments.pin,
     )
 
 

@@ -61,7 +61,11 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """One worker process. `address` is the URL that others call it by; None as controller: it does not register."""
+    """One worker process. `address` is the URL that others call it by; None as controller: it does not register.
+
+    A model that nobody uses for `idle_timeout_s` leaves memory (None: when its memory is wanted); `pinned` ones, by any
+    of their names, never do.
+    """
 
     models: tuple[ModelSpec, ...]
     address: str
@@ -72,6 +76,8 @@ class WorkerConfig:
     default_seed: int | None = None
     truncates_embedding_input: bool = False
     hang_after_s: float = 30.0
+    idle_timeout_s: float | None = None
+    pinned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -80,5 +86,7 @@ class WorkerConfig:
             raise ConfigError("A worker needs a cluster token.")
         if self.stream_interval < 1:
             raise ConfigError(f"--stream-interval must be at least 1, not {self.stream_interval}.")
+        if self.idle_timeout_s is not None and self.idle_timeout_s <= 0:
+            raise ConfigError(f"--idle-timeout must be more than 0 seconds, not {self.idle_timeout_s}.")
         if self.default_seed is not None and not -(2**63) <= self.default_seed < 2**63:
             raise ConfigError("--seed must fit into 64 bits.")

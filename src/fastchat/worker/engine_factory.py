@@ -11,6 +11,7 @@ from fastchat.engine.engine import Engine
 from fastchat.engine.engine_config import EngineConfig
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.lean import make_lean
+from fastchat.models.progress import show_and_tell
 from fastchat.models.stored_form import FloatName, Quantization
 from fastchat.models.weights import load_model
 from fastchat.worker.device_memory import ChosenDevice
@@ -57,10 +58,16 @@ class EnginePlan:
         return cls(**fields, quantization=Quantization(**quantization) if quantization else None)
 
 
-def make_engine(plan: EnginePlan) -> Engine:
-    """Load the model and build its engine; slow. Raises `CheckpointError` or `ConfigError` in one line."""
+def make_engine(plan: EnginePlan, tell_progress: Callable[[float], object] = lambda _: None) -> Engine:
+    """Load the model and build its engine; slow. `tell_progress` hears the share of the model that has been read.
+
+    Raises `CheckpointError` or `ConfigError` in one line.
+    """
     checkpoint = Checkpoint.open(Path(plan.path))
-    model = load_model(checkpoint, device=plan.device, dtype=plan.dtype, quantization=plan.quantization)
+    with show_and_tell(tell_progress) as report:
+        model = load_model(
+            checkpoint, device=plan.device, dtype=plan.dtype, quantization=plan.quantization, on_progress=report
+        )
     make_lean(model)
     config = EngineConfig(
         max_context=plan.max_context,
@@ -69,8 +76,3 @@ def make_engine(plan: EnginePlan) -> Engine:
         max_running=plan.max_running,
     )
     return Engine(model, config)
-
-
-def engine_maker(plan: EnginePlan) -> Callable[[], Engine]:
-    """`make_engine` for a thread that takes no arguments."""
-    return lambda: make_engine(plan)

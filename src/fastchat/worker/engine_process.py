@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fastchat.ops.logs import configure_logging
@@ -38,11 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with socket.socket(fileno=arguments.engine_fd) as connection:
         threading.Thread(target=_end_with_worker, args=(connection,), name="worker-watch", daemon=True).start()
         # torch takes seconds to import: a worker that dies meanwhile is noticed already.
+        from fastchat.engine import wire
         from fastchat.engine.process_server import serve_engine
         from fastchat.worker.engine_factory import EnginePlan, make_engine
 
         plan = EnginePlan.from_json(arguments.plan)
-        serve_engine(connection, lambda: make_engine(plan))
+
+        def tell(progress: float) -> None:
+            with suppress(ConnectionError):  # a worker that is gone ends us by itself
+                connection.sendall(wire.pack(["loading", progress]))
+
+        serve_engine(connection, lambda: make_engine(plan, tell))
     return 0
 
 

@@ -12,13 +12,14 @@ import structlog
 
 from fastchat.api.generation import RequestRecord
 from fastchat.api.served_model import ServedModel, ServedModels
-from fastchat.cluster.contract import Hello, ModelEntry
+from fastchat.cluster.contract import Hello, Load, ModelEntry
 from fastchat.cluster.registration import ControlConnection
 from fastchat.errors import UnavailableError
 from fastchat.ops.metrics import EngineCondition, RequestFinished, WorkerMetrics
 from fastchat.worker.config import WorkerConfig
 from fastchat.worker.health import ENGINE_DIED, EngineHealth
 from fastchat.worker.loaded_model import open_models
+from fastchat.worker.model_control import ModelControl
 
 WATCH_INTERVAL_S = 1.0
 
@@ -26,11 +27,13 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class WorkerRuntime:
-    """The living parts of one worker. `models` and what depends on them is there while `running` lasts.
+    """The living parts of one worker. `models`, `control` and what depends on them is there while `running` lasts.
 
     When an engine dies the worker leaves the cluster, `has_failed` is true and `end_process` is called, once: whoever
     runs the process ends it in order, as after a signal, and with a failure's exit code, so that it is started again.
     """
+
+    control: ModelControl
 
     def __init__(
         self,
@@ -130,14 +133,19 @@ class WorkerRuntime:
         return self.metrics.render()
 
     async def _start_models(self, stack: AsyncExitStack) -> None:
-        """One after the other, since they share the disk; those that take turns load only while there is room."""
-        opened_models = open_models(self.config)
-        if opened_models.keeper is not None:
-            await stack.enter_async_context(opened_models.keeper.running())
-        for opened in opened_models.models:
-            stack.push_async_callback(opened.engine.close)
-            self._loaded.append(await opened.start(self.config))
+        """One after the other, since they share the disk: the pinned first, the others while there is room."""
+        opened_models = open_models(self.config, on_demand=True)
+        assert opened_models.keeper is not None
+        await stack.enter_async_context(opened_models.keeper.running())
+        opened_models.keeper.on_move = self._note_move
+        started: dict[str, ServedModel] = {}
+        for opened in sorted(opened_models.models, key=lambda each: set(each.names).isdisjoint(self.config.pinned)):
+            started[opened.names[0]] = await opened.start(self.config)
+        self._loaded += [started[opened.names[0]] for opened in opened_models.models]
         self.models = ServedModels(self._loaded)
+        self.control = ModelControl(
+            opened_models.keeper, self.models, worker_id=self.worker_id, address=self.config.address
+        )
         self.metrics = WorkerMetrics(name for name, _ in self.models)
         self.health = EngineHealth(self._loaded, self._clock, hang_after_s=self.config.hang_after_s)
 
@@ -159,8 +167,15 @@ class WorkerRuntime:
             controller_address=controller_address,
             token=self.config.cluster_token,
             hello=hello,
-            get_load=self.health.load,
+            get_load=self._load,
         )
+
+    def _load(self) -> Load:
+        return self.health.load().model_copy(update={"states": self.control.states()})
+
+    def _note_move(self) -> None:
+        if self._connection is not None:
+            self._connection.report_now()
 
     @asynccontextmanager
     async def _watched_engines(self) -> AsyncIterator[None]:

@@ -21,7 +21,7 @@ from fastchat.models.interface import ChatFormat, SamplingDefaults, Tokenizer
 from fastchat.models.sampling_defaults import load_sampling_defaults
 from fastchat.models.tokenizer import load_tokenizer
 from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
-from fastchat.worker.engine_factory import EnginePlan, engine_maker
+from fastchat.worker.engine_factory import EnginePlan, make_engine
 from fastchat.worker.engine_process import engine_command
 from fastchat.worker.memory_plan import ModelShare
 from fastchat.worker.memory_remedy import plan_or_refuse
@@ -72,20 +72,26 @@ class OpenedModel:
 
 @dataclass(frozen=True, slots=True)
 class OpenedModels:
-    """All models of a worker. Where they do not fit together, `keeper` lets them take turns in memory."""
+    """All models of a worker; `keeper` brings them into memory and frees them, where they may come and go."""
 
     models: tuple[OpenedModel, ...]
-    keeper: ModelKeeper | None
+    keeper: ModelKeeper | None = None
 
 
-def open_models(config: WorkerConfig) -> OpenedModels:
-    """Check all checkpoints before the first weight is read. Raises `CheckpointError` or `ConfigError`."""
+def open_models(config: WorkerConfig, *, on_demand: bool = False) -> OpenedModels:
+    """Check all checkpoints before the first weight is read. Raises `CheckpointError` or `ConfigError`.
+
+    `on_demand`: the models may come and go. Without it all of them are held as long as their engines are open.
+    """
     checkpoints = [Checkpoint.open(spec.path) for spec in config.models]
     names = [spec.names or (checkpoint.name,) for spec, checkpoint in zip(config.models, checkpoints, strict=True)]
     _check_names(names)
     plan = plan_or_refuse(list(zip((each[0] for each in names), checkpoints, strict=True)), config.engine)
     makers = [partial(_make_client, config.engine, EnginePlan.of(share)) for share in plan.shares]
-    keeper = make_keeper(plan, makers) if plan.num_awake else None
+    keeper = None
+    if on_demand:
+        pinned = _first_names(config.pinned, names)
+        keeper = make_keeper(plan, makers, idle_timeout_s=config.idle_timeout_s, pinned=pinned)
     opened = []
     for spec, own_names, checkpoint, share, make in zip(
         config.models, names, checkpoints, plan.shares, makers, strict=True
@@ -128,7 +134,21 @@ def _log_share(share: ModelShare) -> None:
 def _make_client(engine: EngineSpec, plan: EnginePlan) -> EngineClient:
     if engine.has_engine_process(plan.device):
         return ProcessEngineClient(engine_command(plan))
-    return ThreadEngineClient(engine_maker(plan), name=Path(plan.path).name)
+    client = ThreadEngineClient(lambda: make_engine(plan, tell), name=Path(plan.path).name)
+
+    def tell(progress: float) -> None:
+        client.load_progress = progress
+
+    return client
+
+
+def _first_names(wanted: Sequence[str], names: Sequence[tuple[str, ...]]) -> set[str]:
+    """The models that `--pin` names, by any of their names, each by its first."""
+    first_names = {name: group[0] for group in names for name in group}
+    for name in wanted:
+        if name not in first_names:
+            raise ConfigError(f"--pin names {name!r}, but the models here are {', '.join(first_names)}.")
+    return {first_names[name] for name in wanted}
 
 
 def _check_names(names: Sequence[tuple[str, ...]]) -> None:

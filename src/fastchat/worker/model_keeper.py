@@ -8,6 +8,7 @@ routes.
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -18,7 +19,7 @@ import structlog
 from fastchat.engine.client import EngineClient
 from fastchat.engine.events import EngineStats
 from fastchat.errors import EngineError, FastChatError
-from fastchat.worker.residency import Action, Load, Residency, Ticket
+from fastchat.worker.residency import Action, Load, Place, Residency, Ticket
 
 _TOTALS = ("num_steps", "progress", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens", "num_preemptions")
 
@@ -26,12 +27,19 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class ModelKeeper:
-    """`make_engine` of a key makes an engine that has not been started; a new one for every load."""
+    """`make_engine` of a key makes an engine that has not been started; a new one for every load.
+
+    `on_move` is called whenever a model has gone from one place to another.
+    """
 
     def __init__(self, residency: Residency, make_engine: Mapping[str, Callable[[], EngineClient]]) -> None:
         self.residency = residency
         self._make_engine = make_engine
+        self.on_move: Callable[[], None] = lambda: None
         self._engines: dict[str, EngineClient] = {}
+        self._loading: dict[str, EngineClient] = {}
+        self._places = {resident.key: resident.place for resident in residency}
+        self._has_looked = asyncio.Event()
         self._past = dict.fromkeys(make_engine, EngineStats())
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._has_changed = asyncio.Event()
@@ -61,6 +69,11 @@ class ModelKeeper:
     def engine(self, key: str) -> EngineClient | None:
         """The engine of a model that is awake."""
         return self._engines.get(key)
+
+    def load_progress(self, key: str) -> float:
+        """How much of a model has been read, from 0 to 1."""
+        engine = self._engines.get(key) or self._loading.get(key)
+        return 0.0 if engine is None else 1.0 if key in self._engines else engine.load_progress
 
     def stats(self, key: str) -> EngineStats:
         """The condition of the engine there is, with the totals of those that the model had before."""
@@ -100,6 +113,26 @@ class ModelKeeper:
         finally:
             self.give_back(ticket)
 
+    async def pin(self, key: str) -> None:
+        """Bring a model into memory and keep it there. Raises what loading raises, and as `Residency.pin`."""
+        ticket = self.take(key)
+        try:
+            await self.granted(ticket)
+            self.residency.pin(key)
+        finally:
+            self.give_back(ticket)
+
+    async def send_away(self, key: str) -> None:
+        """Free a model's memory; returns when that is done, or at once where it must wait until nobody uses it.
+
+        Raises as `Residency.unload`.
+        """
+        self.residency.unload(key)
+        self._has_changed.set()
+        resident = self.residency.find(key)
+        while resident.is_sent_away and resident.num_granted == 0 and resident.place is not Place.LOADING:
+            await self._has_looked.wait()
+
     def changed(self) -> None:
         """To be called after `residency` was told something by others (pin, unpin, unload)."""
         self._has_changed.set()
@@ -115,11 +148,20 @@ class ModelKeeper:
             for ticket, future in self._waiting.items():
                 if ticket.is_settled and not future.done():
                     future.set_result(None)
+            self._announce()
             look_at = self.residency.next_look_at()
             timeout_s = None if look_at is None else look_at - self.residency.clock()
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._has_changed.wait()
+
+    def _announce(self) -> None:
+        looked, self._has_looked = self._has_looked, asyncio.Event()
+        looked.set()
+        places = {resident.key: resident.place for resident in self.residency}
+        if places != self._places:
+            self._places = places
+            self.on_move()
 
     async def _carry_out(self, action: Action) -> None:
         if isinstance(action, Load):
@@ -134,27 +176,40 @@ class ModelKeeper:
         self._has_changed.set()
 
     async def _load(self, key: str) -> None:
-        engine = self._make_engine[key]()
+        engine = self._loading[key] = self._make_engine[key]()
         began_at = time.monotonic()
+        _log.info("loading model", model=key)
+        try:
+            failure = await self._started(key, engine)
+        except BaseException:
+            await engine.close()
+            raise
+        finally:
+            del self._loading[key]
+        if failure is None:
+            self._engines[key] = engine
+            self.residency.loaded(key)
+            _log.info("model awake", model=key, seconds=round(time.monotonic() - began_at, 1))
+            return
+        await engine.close()
+        del engine
+        # What was read before it failed is held by the failure's traceback and in circles, and its room is wanted.
+        await asyncio.to_thread(gc.collect)
+        self.residency.load_failed(key, failure)
+
+    @staticmethod
+    async def _started(key: str, engine: EngineClient) -> FastChatError | None:
+        """Start an engine; why that failed, without what it holds."""
         try:
             await engine.start()
         except FastChatError as error:
-            await self._give_up(key, engine, error)
-            return
+            _log.error("model could not be loaded", model=key, reason=error.message)
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
         except Exception:  # noqa: BLE001 - whatever it is, everybody who waits must hear of it, and the worker lives on
-            await self._give_up(key, engine, EngineError(f"{key} could not be loaded; the worker's log has the cause."))
-            return
-        except asyncio.CancelledError:
-            await engine.close()
-            raise
-        self._engines[key] = engine
-        self.residency.loaded(key)
-        _log.info("model awake", model=key, seconds=round(time.monotonic() - began_at, 1))
-
-    async def _give_up(self, key: str, engine: EngineClient, failure: FastChatError) -> None:
-        _log.exception("a model could not be loaded", model=key)
-        await engine.close()
-        self.residency.load_failed(key, failure)
+            _log.exception("model could not be loaded", model=key)
+            return EngineError(f"{key} could not be loaded; the worker's log has the cause.")
+        return None
 
 
 def add_totals(stats: EngineStats, before: EngineStats) -> EngineStats:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 from fastchat.engine.client import EngineClient, EngineLimits, SequenceStream
 from fastchat.engine.events import EngineStats, SequenceRequest
-from fastchat.errors import FastChatError
+from fastchat.errors import ConfigError, FastChatError, UnavailableError
 from fastchat.worker.memory_plan import MemoryPlan, ModelShare
 from fastchat.worker.model_keeper import ModelKeeper
 from fastchat.worker.residency import Place, Residency, Ticket
@@ -108,12 +108,26 @@ class OnDemandEngine(EngineClient):
             self._num_waiting -= 1
 
 
-def make_keeper(plan: MemoryPlan, make_engines: Sequence[Callable[[], EngineClient]]) -> ModelKeeper:
-    """The keeper of models that take turns by `plan`; each is called by its first name."""
-    residency = Residency(plan.budget.num_bytes - plan.process_bytes, time.monotonic)
+def make_keeper(
+    plan: MemoryPlan,
+    make_engines: Sequence[Callable[[], EngineClient]],
+    *,
+    idle_timeout_s: float | None = None,
+    pinned: Collection[str] = (),
+) -> ModelKeeper:
+    """The keeper of the models of `plan`, each called by its first name; `pinned` are such names.
+
+    Raises `ConfigError` where those do not fit together.
+    """
+    residency = Residency(plan.budget.num_bytes - plan.process_bytes, time.monotonic, idle_timeout_s)
     for share in plan.shares:
         residency.add(share.needs.model.name, share.total_bytes)
     keys = [share.needs.model.name for share in plan.shares]
+    for key in pinned:
+        try:
+            residency.pin(key)
+        except UnavailableError as error:
+            raise ConfigError(f"--pin: {error.message}") from None
     return ModelKeeper(residency, dict(zip(keys, make_engines, strict=True)))
 
 

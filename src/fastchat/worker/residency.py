@@ -11,7 +11,8 @@ models leave, the least recently used first. A model that is busy without a paus
 in line has waited `patience_s`; what runs on it ends in peace, then it leaves. So nobody waits for ever, and two models
 that do not fit together take turns instead of chasing each other out.
 
-What never leaves: a model that is pinned, that somebody uses, or that is being loaded.
+What never leaves: a model that is pinned, that somebody uses, that is being loaded, or that was loaded for somebody
+who has not had it yet.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from fastchat.errors import FastChatError, ModelNotFoundError, UnavailableError
+from fastchat.errors import ConflictError, FastChatError, ModelNotFoundError, UnavailableError
 
 PATIENCE_S = 5.0
 
@@ -76,6 +77,7 @@ class Resident:
     is_pinned: bool = False
     num_granted: int = 0
     last_used_at: float = 0.0
+    was_used: bool = False
     is_sent_away: bool = False
     """An operator wants it to leave as soon as nobody uses it."""
     makes_room: bool = False
@@ -165,11 +167,11 @@ class Residency:
     def unload(self, key: str) -> None:
         """Let a model leave as soon as nobody uses it; whoever asks for it later wakes it again.
 
-        Raises `UnavailableError` for a pinned one.
+        Raises `ConflictError` for a pinned one.
         """
         resident = self.find(key)
         if resident.is_pinned:
-            raise UnavailableError(f"{key} is pinned in memory; unpin it first.", code="model_pinned")
+            raise ConflictError(f"{key} is pinned in memory; unpin it first.", code="model_pinned")
         resident.is_sent_away = resident.place in (Place.AWAKE, Place.LOADING)
 
     def pin(self, key: str) -> None:
@@ -190,7 +192,7 @@ class Residency:
         assert resident.place is Place.LOADING, f"{key} was {resident.place.value}"
         resident.place = Place.AWAKE
         resident.last_used_at = self.clock()
-        self._grant_waiting(resident)
+        self._grant_all(resident)  # also where it was sent away meanwhile: it was loaded for them
 
     def load_failed(self, key: str, failure: FastChatError) -> None:
         """A `Load` came to nothing: everybody who waits hears why. The next request tries again."""
@@ -213,7 +215,8 @@ class Residency:
         actions: list[Action] = [self._send_away(resident) for resident in self if self._should_leave(resident)]
         actions += self._serve_line()
         for resident in self:
-            self._grant_waiting(resident)
+            if resident.is_open:
+                self._grant_all(resident)
         return actions
 
     def next_look_at(self) -> float | None:
@@ -277,11 +280,10 @@ class Residency:
         resident = self._residents[ticket.key]
         resident.num_granted += 1
         resident.last_used_at = self.clock()
+        resident.was_used = True
         ticket.is_granted = True
 
-    def _grant_waiting(self, resident: Resident) -> None:
-        if not resident.is_open:
-            return
+    def _grant_all(self, resident: Resident) -> None:
         for ticket in [ticket for ticket in self._line if ticket.key == resident.key]:
             self._line.remove(ticket)
             self._grant(ticket)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import orjson
 from starlette.requests import Request
@@ -19,9 +19,10 @@ from fastchat.api.model_cards import model_card, model_list
 from fastchat.api.parameters import Ignored
 from fastchat.api.request_context import RequestContext
 from fastchat.api.tokenization import detokenize, tokenize
-from fastchat.cluster.contract import IGNORED_HEADER
+from fastchat.cluster.contract import IGNORED_HEADER, MODEL_ACTIONS, MODEL_CONTROL_PATH, ModelAction
 from fastchat.ops.metrics import METRICS_CONTENT_TYPE
 from fastchat.worker.life_cycle import WorkerRuntime
+from fastchat.worker.model_control import control_document
 
 OPEN_PATHS = ("/livez", "/health")
 
@@ -52,6 +53,11 @@ class WorkerRoutes:
             Route("/v1/embeddings", self.embeddings, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.model, methods=["GET"]),
+            Route(MODEL_CONTROL_PATH, self.conditions, methods=["GET"]),
+            *(
+                Route(f"{MODEL_CONTROL_PATH}/{{name:path}}/{action}", self._acting(action), methods=["POST"])
+                for action in MODEL_ACTIONS
+            ),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/metrics", self.metrics, methods=["GET"]),
@@ -90,6 +96,22 @@ class WorkerRoutes:
         """GET /v1/models/{id}; an id may hold slashes."""
         name = request.path_params["name"]
         return _json(orjson.dumps(model_card(name, self._runtime.models.find(name).created)))
+
+    async def conditions(self, request: Request) -> Response:  # noqa: ARG002 - a route's signature
+        """GET /api/v1/models."""
+        control = self._runtime.control
+        return _json(orjson.dumps(control_document(control.condition(), control.conditions())))
+
+    def _acting(self, action: ModelAction) -> Callable[[Request], Awaitable[Response]]:
+        """POST /api/v1/models/{id}/{action}."""
+
+        async def act(request: Request) -> Response:
+            self._runtime.check_accepting()
+            control = self._runtime.control
+            done = await run_until_disconnect(request, control.act(request.path_params["name"], action))
+            return _json(orjson.dumps(control_document(control.condition(), [done])))
+
+        return act
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
