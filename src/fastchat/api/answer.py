@@ -5,6 +5,7 @@ Shapes are `chat.py` and `completions.py`. The worker's routes run an answer; an
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -22,11 +23,15 @@ from fastchat.api.request_context import RequestContext
 from fastchat.api.resume import Resume
 from fastchat.api.sampling import AnswerLength, choice_sampling
 from fastchat.api.served_model import SYSTEM_FINGERPRINT, ServedModel
-from fastchat.api.streaming import DONE_EVENT, chunk_event, ids_tag, prompt_tag
+from fastchat.api.streaming import DONE_EVENT, chunk_event, ids_tag, prompt_tag, waiting_comment
 from fastchat.engine.sampling_params import SamplingParams
 
 Json = dict[str, Any]  # Any: JSON has any value
 
+LOADING_COMMENT_S = 1.0
+PROMPT_COMMENT_S = 10.0
+"""How long a stream may be silent before its first token: while its model is loaded, and while its prompt is computed.
+"""
 _LOGPROBS_SIZE = 100
 """The log probabilities of one place cost as much to write as so many characters of text."""
 
@@ -125,13 +130,25 @@ class Answer:
             opening = b"".join(self._opening(choice) for choice in self._generation.choices)
             if opening:
                 yield opening
-        while deltas := await self._generation.next_deltas(self._head.stream_interval):
+        while (deltas := await self._first_deltas()) is None:
+            yield waiting_comment(self._head.model, is_loading=self._generation.is_loading)
+        while deltas:
             yield b"".join(self._delta_events(delta) for delta in deltas)
+            deltas = await self._generation.next_deltas(self._head.stream_interval)
         if self._head.includes_usage:
             usage = usage_json(self._generation.usage)
             yield chunk_event({**self._common(self._shape.chunk_kind), "choices": [], "usage": usage}) + DONE_EVENT
         else:
             yield DONE_EVENT
+
+    async def _first_deltas(self) -> list[Delta] | None:
+        """The first deltas; None where they take so long that the client should hear something."""
+        patience_s = LOADING_COMMENT_S if self._generation.is_loading else PROMPT_COMMENT_S
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self._generation.next_deltas(self._head.stream_interval)
+        except TimeoutError:
+            return None
 
     def _delta_events(self, delta: Delta) -> bytes:
         """Text in one event and the ending in the next; one event where the end brings no text."""

@@ -98,6 +98,11 @@ class Generation:
             num_generated_tokens=sum(choice.num_tokens for choice in self.choices),
         )
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether its model is not in memory now, so that its sequences wait."""
+        return not self._model.engine.is_computing
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Submit all choices; leaving the block aborts what still runs and gives the request's one record."""

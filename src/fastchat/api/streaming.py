@@ -25,6 +25,12 @@ import orjson
 DONE_EVENT = b"data: [DONE]\n\n"
 
 
+def waiting_comment(model: str, *, is_loading: bool) -> bytes:
+    """A comment that says why nothing comes yet. Clients pass over it; proxies see that the connection lives."""
+    name = " ".join(model.split()) if model.isprintable() else "this model"
+    return f": waiting for {name} to be loaded\n\n".encode() if is_loading else b": waiting for the first token\n\n"
+
+
 def chunk_event(chunk: Mapping[str, Any], tags: bytes = b"") -> bytes:  # Any: JSON
     """One chunk as an event, behind its tags."""
     return tags + b"data: " + orjson.dumps(chunk) + b"\n\n"
