@@ -22,6 +22,7 @@ from fastchat.serve.http_server import Listeners
 from fastchat.serve.launch import (
     Ports,
     ServedFolder,
+    ServedWorker,
     create_serve_parser,
     process_specs,
     ready_block,
@@ -300,7 +301,8 @@ def test_two_models_of_one_name_are_refused(folders, tmp_path):
         assert serving.log == f"error: Two models are named {NAMES[0]!r}; give each its own with --model-names."
 
 
-FOLDER = ServedFolder(path=DEMO_MODEL, names=("a", "b"), conv_template=None, memory_flags=("--max-gpu-memory=123",))
+FOLDER = ServedFolder(path=DEMO_MODEL, names=("a", "b"), conv_template=None)
+WORKER = ServedWorker((FOLDER,), memory_flags=("--max-gpu-memory=123",))
 FLAGS = [
     *("--device", "cpu", "--dtype", "float32", "--max-gpu-memory", "13GiB", "--kv-cache-memory", "1GiB"),
     *("--max-context", "2048", "--max-batch-tokens", "64", "--engine-process", "thread", "--limit-worker", "5"),
@@ -312,13 +314,13 @@ FLAGS = [
 
 
 def command_of(name, arguments):
-    specs = process_specs(arguments, (FOLDER, FOLDER), Ports(api=1, controller=2, workers=(3, 4)))
+    specs = process_specs(arguments, (WORKER, WORKER), Ports(api=1, controller=2, workers=(3, 4)))
     (spec, *_) = [spec for spec in specs if spec.name.startswith(name)]
     return spec.command()[3:]
 
 
 def environment_of(name, arguments):
-    specs = process_specs(arguments, (FOLDER, FOLDER), Ports(api=1, controller=2, workers=(3, 4)))
+    specs = process_specs(arguments, (WORKER, WORKER), Ports(api=1, controller=2, workers=(3, 4)))
     return next(dict(spec.environment) for spec in specs if spec.name.startswith(name))
 
 

@@ -13,7 +13,8 @@ from fastchat.models.inspection import inspect_checkpoint
 from fastchat.models.weights import load_model
 from fastchat.serve.arguments import exit_code_of
 from fastchat.serve.convert_command import main as convert
-from fastchat.serve.models_command import main, size_text
+from fastchat.serve.models_command import main
+from fastchat.serve.sizes import size_text
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.models.test_official_quantized import write_both
 from tests.processes import ROOT, process_environment

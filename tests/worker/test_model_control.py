@@ -1,5 +1,6 @@
 """The models' life-cycle in operators' hands: through a real API server, controller and worker."""
 
+import json
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,8 @@ from fastchat.gateway.app import create_api_app
 from fastchat.gateway.config import ApiServerConfig
 from fastchat.gateway.controller_app import ControllerConfig, create_controller_app
 from fastchat.ops.key_store import KeyStore
-from tests.processes import free_port
+from fastchat.serve.model_control_command import table_lines
+from tests.processes import free_port, run_command
 from tests.worker.conftest import TOKEN, serving, wait_until, worker_config
 
 PATH = "/api/v1/models"
@@ -194,6 +196,36 @@ def loads_held_up(system, keeper):
         yield
     finally:
         system.thread.loop.call_soon_threadsafe(lock.release)
+
+
+def test_the_command_shows_and_moves_models(system, tmp_path):
+    """A table for people, JSON for programs, one line for what cannot be done."""
+
+    def models(*words, key="operator"):
+        flags = ("--url", system.url, "--api-key", system.keys[key])
+        return run_command("models_command", *words, *flags, state_dir=tmp_path)
+
+    assert "asleep" in models("sleep", "qwen").stdout
+    headings, *lines = models("ls").stdout.splitlines()
+    assert headings.split() == ["MODEL", "STATE", "MEMORY", "LAST", "USED", "PINNED", "WORKER"]
+    assert [line.split()[:2] for line in lines][1] == ["qwen", "asleep"]
+    loaded = json.loads(models("load", "qwen", "chatglm2-6b", "--json").stdout)
+    assert [row["state"] for row in loaded["data"]] == ["awake", "awake"]
+    for words, key, said, code in (
+        (("load", "nobody"), "operator", "`nobody` does not exist", 1),
+        (("ls",), "client", "no operator's", 1),
+        (("ls",), "unknown", "not known here", 1),
+    ):
+        refused = models(*words, key=key)
+        assert refused.returncode == code
+        (line,) = refused.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert said in line
+
+
+def test_tables_are_as_wide_as_a_terminal_shows_them():
+    """A Chinese character takes two places."""
+    assert list(table_lines([("模型", "b"), ("abcde", "b")])) == ["模型   b", "abcde  b"]
 
 
 def test_only_operators_move_models(system):

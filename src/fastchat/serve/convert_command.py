@@ -15,7 +15,7 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.stored_quantization import choose_quantization
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import create_parser, flag_type, run_command
-from fastchat.serve.models_command import size_text
+from fastchat.serve.sizes import size_text
 from fastchat.serve.worker_arguments import add_quantization_flags, quantization
 
 EXIT_TERMINATED = 128 + signal.SIGTERM

@@ -1,7 +1,8 @@
 """`fastchat serve`: controller, API server, workers and the page in one go, kept running until Ctrl-C.
 
 One worker process for each model: when one dies the others answer on. A process costs about 0.4 GB of memory beside its
-model. Memory is planned for all of them before anything is started, and each worker is told its share.
+model. Memory is planned for all of them before anything is started, and each worker is told its share. Models that do
+not fit together have one worker, in which they take turns.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -55,17 +56,29 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedFolder:
-    """One model to serve; `memory_flags` tell its worker what is planned for it."""
+    """One model to serve."""
 
     path: Path
     names: tuple[str, ...]
     conv_template: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWorker:
+    """One worker process and its models; `memory_flags` tell it what is planned for it."""
+
+    folders: tuple[ServedFolder, ...]
     memory_flags: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of its models."""
+        return tuple(name for folder in self.folders for name in folder.names)
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Where everything listens, for as long as the command runs; `workers` are in the order of the models."""
+    """Where everything listens, for as long as the command runs; `workers` are in the order of the workers."""
 
     api: int
     controller: int
@@ -116,18 +129,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     tls_files(arguments, environment)
     harden_process()
     token = cluster_token(arguments, environment)
-    folders = _served_folders(arguments)
-    ports = _choose_ports(arguments, len(folders))
-    outcome = asyncio.run(_supervise(arguments, folders, ports, token))
+    workers = _served_workers(arguments)
+    ports = _choose_ports(arguments, len(workers))
+    outcome = asyncio.run(_supervise(arguments, workers, ports, token))
     if outcome.error is not None:
         sys.stderr.write(f"error: {outcome.error}\n")
     return outcome.exit_code
 
 
 async def _supervise(
-    arguments: argparse.Namespace, folders: Sequence[ServedFolder], ports: Ports, token: str
+    arguments: argparse.Namespace, served: Sequence[ServedWorker], ports: Ports, token: str
 ) -> Outcome:
-    specs = process_specs(arguments, folders, ports)
+    specs = process_specs(arguments, served, ports)
 
     async def announce_and_watch(names: Sequence[str]) -> None:
         api_url = internal_url(arguments.host, ports.api, tls=arguments.ssl)
@@ -169,7 +182,7 @@ def _stop(supervisor: Supervisor) -> None:
 
 
 def process_specs(
-    arguments: argparse.Namespace, folders: Sequence[ServedFolder], ports: Ports
+    arguments: argparse.Namespace, served: Sequence[ServedWorker], ports: Ports
 ) -> tuple[ProcessSpec, ...]:
     """What runs. Stopped in this order: page and API server finish what they relay, workers, who knows them."""
     security = ["--cluster-token-file", str(arguments.cluster_token_file)] if arguments.cluster_token_file else []
@@ -180,20 +193,22 @@ def process_specs(
     api_flags = ["--host", arguments.host, "--port", str(ports.api), *to_controller, *_access_flags(arguments)]
     worker_flags = [*to_controller, *serving_flags(arguments)]
 
-    def worker_command(folder: ServedFolder, port: int) -> list[str]:
+    def worker_command(worker: ServedWorker, port: int) -> list[str]:
         address = ["--host", INTERNAL_HOST, "--port", str(port)]
         # The share comes last: it replaces the budget for all workers.
-        model_flags = [*_model_flags(folder), *_pin_flags(arguments, folder)]
-        return _command("model_worker", [*model_flags, *address, *worker_flags, *folder.memory_flags])
+        module = "model_worker" if len(worker.folders) == 1 else "multi_model_worker"
+        model_flags = [flag for folder in worker.folders for flag in _model_flags(folder)]
+        model_flags += _pin_flags(arguments, worker)
+        return _command(module, [*model_flags, *address, *worker_flags, *worker.memory_flags])
 
     workers = (
         ProcessSpec(
-            name=f"worker of {','.join(folder.names)}",
-            command=partial(worker_command, folder, port),
+            name=f"worker of {','.join(worker.names)}",
+            command=partial(worker_command, worker, port),
             stop_rank=1,
-            model_names=folder.names,
+            model_names=worker.names,
         )
-        for folder, port in zip(folders, ports.workers, strict=True)
+        for worker, port in zip(served, ports.workers, strict=True)
     )
     return (
         ProcessSpec("controller", lambda: _command("controller", controller_flags), stop_rank=2),
@@ -203,15 +218,15 @@ def process_specs(
             stop_rank=0,
             environment={"FASTCHAT_API_KEYS": ",".join(arguments.api_keys)} if arguments.api_keys else {},
         ),
-        *_page_spec(arguments, folders, ports),
+        *_page_spec(arguments, served, ports),
         *workers,
     )
 
 
-def _page_spec(arguments: argparse.Namespace, folders: Sequence[ServedFolder], ports: Ports) -> tuple[ProcessSpec, ...]:
+def _page_spec(arguments: argparse.Namespace, served: Sequence[ServedWorker], ports: Ports) -> tuple[ProcessSpec, ...]:
     if ports.web is None:
         return ()
-    names = [name for folder in folders for name in folder.names]
+    names = [name for worker in served for name in worker.names]
     api_url = internal_url(arguments.host, ports.api, tls=arguments.ssl)
     flags = ["--host", arguments.web_host, "--port", str(ports.web), "--api-url", api_url]
     flags += [f"--expect-models={json.dumps(names)}"]
@@ -258,7 +273,7 @@ Ctrl-C stops everything.
 """
 
 
-def _served_folders(arguments: argparse.Namespace) -> list[ServedFolder]:
+def _served_workers(arguments: argparse.Namespace) -> list[ServedWorker]:
     """The models, looked at from outside: what can be told without torch is told before anything is started."""
     if not arguments.model_path:
         _use_demo(arguments)
@@ -278,8 +293,10 @@ def _served_folders(arguments: argparse.Namespace) -> list[ServedFolder]:
     engine = worker_arguments.engine_spec(arguments, max_running=arguments.limit_worker_concurrency)
     named = [(folder.names[0], checkpoint) for folder, checkpoint in zip(folders, checkpoints, strict=True)]
     plan = plan_or_refuse(named, engine, each_alone=True)
+    if not plan.each_alone:
+        return [ServedWorker(tuple(folders), (f"{plan.budget.flag}={plan.budget.num_bytes}",))]
     return [
-        replace(folder, memory_flags=(f"{plan.budget.flag}={plan.own_budget(share)}",))
+        ServedWorker((folder,), (f"{plan.budget.flag}={plan.own_budget(share)}",))
         for folder, share in zip(folders, plan.shares, strict=True)
     ]
 
@@ -323,8 +340,8 @@ def _model_flags(folder: ServedFolder) -> list[str]:
     return [f"--model-path={folder.path.absolute()}", f"--model-names={','.join(folder.names)}", *template]
 
 
-def _pin_flags(arguments: argparse.Namespace, folder: ServedFolder) -> list[str]:
-    pinned = [name for name in arguments.pin if name in folder.names]
+def _pin_flags(arguments: argparse.Namespace, worker: ServedWorker) -> list[str]:
+    pinned = [name for name in arguments.pin if name in worker.names]
     return [f"--pin={','.join(pinned)}"] if pinned else []
 
 

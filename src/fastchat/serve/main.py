@@ -32,7 +32,11 @@ COMMANDS: tuple[Command, ...] = (
     Command("chat", "fastchat.serve.chat", "talk in the terminal with a model of a running server"),
     Command("compare", "fastchat.serve.compare", "show two models' answers side by side, and vote"),
     Command("cli", "fastchat.serve.cli", "talk in the terminal with a model that is loaded there, without a server"),
-    Command("models", "fastchat.serve.models_command", "say what a folder is and what loading it will take"),
+    Command(
+        "models",
+        "fastchat.serve.models_command",
+        "list, load, free and pin the models of a running server; look into a folder",
+    ),
     Command("plan", "fastchat.serve.plan_command", "say what models will take of the memory, and whether it fits"),
     Command("config", "fastchat.serve.config_command", "show every setting of `serve` and where it came from"),
     Command("keys", "fastchat.serve.keys_command", "make, list and revoke the API keys that clients send"),

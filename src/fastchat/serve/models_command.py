@@ -1,4 +1,8 @@
-"""`fastchat models inspect PATH`: says what a folder is and what loading it will take, without loading it."""
+"""`fastchat models`: what can be said of a model before it is loaded, and the models of a running server.
+
+`inspect PATH` says what a folder is and what loading it will take, without loading it; the other actions are those of
+`model_control_command.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,18 @@ from fastchat.models.precision import choose_dtype, declared_dtype
 from fastchat.models.stored_form import FloatName, Quantization, QuantizedName
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import create_parser, run_command
+from fastchat.serve.model_control_command import add_control_parsers, run_control
+from fastchat.serve.sizes import size_text
 
 _FLOATS: tuple[FloatName, ...] = ("float32", "bfloat16", "float16")
 _QUANTIZED: tuple[QuantizedName, ...] = ("int8", "int4")
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 def create_models_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = create_parser("models_command", "What can be said of a model before it is loaded.")
+    parser = create_parser(
+        "models_command", "The models of a running server, and what can be said of a folder before it is loaded."
+    )
     parser.prog = "fastchat models"
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     inspect = actions.add_parser(
@@ -40,13 +47,16 @@ def create_models_parser() -> argparse.ArgumentParser:
         help="look at it with this prompt format, by name or as a .json file (default: the checkpoint's own)",
     )
     inspect.add_argument("--json", action="store_true", help="write JSON, sizes in bytes (default: for reading)")
+    add_control_parsers(actions)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect; returns the exit code. Raises `CheckpointError` or `ConfigError` for a folder that cannot be loaded."""
+    """Do what is asked; returns the exit code. Raises what a server answers, or why a folder cannot be loaded."""
     arguments = create_models_parser().parse_args(argv)
     configure_logging("models", level="ERROR")
+    if arguments.action != "inspect":
+        return run_control(arguments)
     inspection = inspect_checkpoint(Checkpoint.open(arguments.path), conv_template=arguments.conv_template)
     if arguments.json:
         sys.stdout.write(json.dumps(as_json(inspection), ensure_ascii=False, indent=2) + "\n")
@@ -128,16 +138,6 @@ def forms(inspection: Inspection) -> Iterator[tuple[str, FloatName, Quantization
         yield dtype, dtype, None
     for name in _QUANTIZED:
         yield name, _cpu_dtype(inspection), Quantization(name)
-
-
-def size_text(num_bytes: int) -> str:
-    """A size for reading, to three digits or so."""
-    size = float(num_bytes)
-    for unit in _UNITS:
-        if size < 1024 or unit == _UNITS[-1]:
-            break
-        size /= 1024
-    return f"{num_bytes:,} bytes" if unit == "bytes" else f"{size:.2f} {unit}"
 
 
 def _memory_text(inspection: Inspection, dtype: FloatName, quantization: Quantization | None) -> str:

@@ -48,7 +48,8 @@ def plan_or_refuse(
 ) -> MemoryPlan:
     """The plan for named checkpoints on this machine. Raises `ConfigError`, in one sentence, where it does not fit.
 
-    Models of one worker that do not fit together but some at a time take turns, and the log says so.
+    With `each_alone` the plan is for one worker each where that fits, else for one worker with all of them. Models of
+    one worker that do not fit together but some at a time take turns, and the log says so.
     """
     models = [PlannedModel.of(checkpoint, name) for name, checkpoint in checkpoints]
     memory = find_device(engine.device)
@@ -56,7 +57,11 @@ def plan_or_refuse(
     if plan.fits:
         return plan
     sentence = refusal(plan, find_remedy(plan, models, engine, memory), memory)
-    turns = None if each_alone else plan_turns(models, engine, memory)
+    if each_alone and len(models) > 1:
+        together = plan_memory(models, engine, memory)
+        if together.fits:  # one process takes less than several
+            return together
+    turns = plan_turns(models, engine, memory)
     if turns is None:
         raise ConfigError(sentence)
     _log.warning("the models take turns in memory", at_once=turns.num_awake, why=sentence)

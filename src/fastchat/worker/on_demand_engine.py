@@ -117,17 +117,19 @@ def make_keeper(
 ) -> ModelKeeper:
     """The keeper of the models of `plan`, each called by its first name; `pinned` are such names.
 
-    Raises `ConfigError` where those do not fit together.
+    Raises `ConfigError` where those do not fit together, or leave no room for another model.
     """
     residency = Residency(plan.budget.num_bytes - plan.process_bytes, time.monotonic, idle_timeout_s)
     for share in plan.shares:
         residency.add(share.needs.model.name, share.total_bytes)
     keys = [share.needs.model.name for share in plan.shares]
-    for key in pinned:
-        try:
+    try:
+        for key in pinned:
             residency.pin(key)
-        except UnavailableError as error:
-            raise ConfigError(f"--pin: {error.message}") from None
+        for key in keys:
+            residency.check_can_fit(key)
+    except UnavailableError as error:
+        raise ConfigError(f"--pin: {error.message}") from None
     return ModelKeeper(residency, dict(zip(keys, make_engines, strict=True)))
 
 

@@ -146,13 +146,19 @@ class Residency:
         Raises `ModelNotFoundError`, or `UnavailableError` when the model can never fit beside what is pinned.
         """
         resident = self.find(key)
-        self._check_can_fit(resident)
+        self.check_can_fit(key)
         ticket = Ticket(key, self.clock())
         if resident.is_open:
             self._grant(ticket)
         else:
             self._line.append(ticket)
         return ticket
+
+    def check_can_fit(self, key: str) -> None:
+        """Raise `UnavailableError` for a model that has no room beside what is pinned."""
+        resident = self.find(key)
+        if self._cannot_fit(resident):
+            raise self._never_fits(resident)
 
     def give_back(self, ticket: Ticket) -> None:
         """The request has ended, or waits no more."""
@@ -177,7 +183,7 @@ class Residency:
     def pin(self, key: str) -> None:
         """Keep a model in memory once it is there. Raises `UnavailableError` if the pinned would not fit together."""
         resident = self.find(key)
-        self._check_can_fit(resident)
+        self.check_can_fit(key)
         resident.is_pinned, resident.is_sent_away = True, False
         for ticket in [ticket for ticket in self._line if self._cannot_fit(self.find(ticket.key))]:
             self._fail(ticket, self._never_fits(self.find(ticket.key)))
@@ -291,10 +297,6 @@ class Residency:
     def _fail(self, ticket: Ticket, failure: FastChatError) -> None:
         self._line.remove(ticket)
         ticket.failure = failure
-
-    def _check_can_fit(self, resident: Resident) -> None:
-        if self._cannot_fit(resident):
-            raise self._never_fits(resident)
 
     def _cannot_fit(self, resident: Resident) -> bool:
         pinned = sum(each.num_bytes for each in self if each.is_pinned and each is not resident)
