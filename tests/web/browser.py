@@ -49,6 +49,13 @@ class Visit:
         self.page.locator(":is(#message, .message-box) textarea:visible, #leaderboard").first.wait_for()
         return self
 
+    def forget(self) -> None:
+        """Leave the page, and take away all that it kept: from a file of its origin, where its own code is gone."""
+        self.page.goto(f"{self.url}/page/icon.svg")
+        self.page.evaluate("localStorage.clear(); sessionStorage.clear()")
+        self.page.context.clear_cookies()
+        self.complaints.clear()
+
     def send(self, text: str) -> None:
         self.page.fill("#message textarea", text)
         self.page.keyboard.press("Enter")
@@ -101,7 +108,10 @@ class Visit:
         deadline = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < deadline, f"{what}: not within {limit_s} s"
-            self.page.wait_for_timeout(50)
+            if self.page.is_closed():
+                time.sleep(0.05)
+            else:  # Playwright's events come while it waits
+                self.page.wait_for_timeout(50)
 
     def _note_console(self, message: ConsoleMessage) -> None:
         if message.type in {"error", "warning"}:
@@ -126,3 +136,29 @@ def visiting(browser: Browser, url: str, **options: object) -> Iterator[Visit]:
     finally:
         context.close()
     assert not visit.complaints, visit.complaints
+
+
+class SharedWindow:
+    """A window that many tests use in turn, each with an empty storage: it has the page's scripts compiled already."""
+
+    def __init__(self, browser: Browser, url: str) -> None:
+        self._browser = browser
+        self._url = url
+        self._visit: Visit | None = None
+
+    @contextmanager
+    def visiting(self) -> Iterator[Visit]:
+        """The next visitor; at its end nothing may have been complained of."""
+        visit = self._visit
+        if visit is None or visit.page.is_closed():
+            self.close()
+            context = self._browser.new_context(viewport=WIDE, locale="en-US")
+            visit = self._visit = Visit(context.new_page(), self._url)
+        else:
+            visit.forget()
+        yield visit.open()
+        assert not visit.complaints, visit.complaints
+
+    def close(self) -> None:
+        if self._visit is not None:
+            self._visit.page.context.close()

@@ -11,7 +11,7 @@ from fastchat.serve.demo_model import DEMO_MODEL
 from tests.checkpoints import write_checkpoint
 from tests.processes import start_command
 from tests.system import running_system
-from tests.web.browser import FLAGS, visiting
+from tests.web.browser import FLAGS, SharedWindow
 
 DEMO = "chatglm2-demo"
 ENDLESS = "endless"
@@ -32,7 +32,8 @@ def browser():
 def endless_model(tmp_path_factory):
     """A model whose answers go on until its context is full."""
     folder = tmp_path_factory.mktemp("models") / ENDLESS
-    return write_checkpoint(folder, "chatglm2", config={"seq_length": 8192, "eos_token_id": 1})
+    config = {"seq_length": 8192, "eos_token_id": 10**6}  # no token of its vocabulary ends an answer
+    return write_checkpoint(folder, "chatglm2", config=config)
 
 
 @pytest.fixture(scope="package")
@@ -59,8 +60,16 @@ def page_server(system):
         assert "Traceback" not in process.log
 
 
+@pytest.fixture(scope="package")
+def window(browser, page_server):
+    """One window for all tests that need no special one."""
+    window = SharedWindow(browser, page_server.url)
+    yield window
+    window.close()
+
+
 @pytest.fixture
-def visit(browser, page_server):
-    """A new window on the page."""
-    with visiting(browser, page_server.url) as visit:
-        yield visit.open()
+def visit(window):
+    """The page as somebody sees it who comes for the first time."""
+    with window.visiting() as visit:
+        yield visit

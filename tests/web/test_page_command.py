@@ -8,11 +8,12 @@ import urllib.parse
 
 import pytest
 
-from fastchat.serve.demo_model import DEMO_MODEL
-from tests.processes import free_port, run_command, start_command
-from tests.system import running_system
+from fastchat.errors import ConfigError
+from fastchat.serve.gradio_web_server import create_page_parser, page_config
+from tests.processes import run_command, start_command
 from tests.web.browser import visiting
 from tests.web.canary import call
+from tests.web.conftest import DEMO, ENDLESS
 
 HELLO = "Hello! What is your name?"
 READY_LIMIT_S = 30.0
@@ -22,7 +23,6 @@ READY_LIMIT_S = 30.0
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--share",),
         ("--moderate",),
         ("--show-terms-of-use",),
         ("--register-api-endpoint-file", "x.json"),
@@ -30,26 +30,30 @@ READY_LIMIT_S = 30.0
         ("--model-list-mode", "never"),
         ("--concurrency-count", "0"),
         ("--gradio-auth-path", "/nowhere"),
-        ("--gradio-root-path", "chat"),
         ("--api-url", "nonsense"),
     ],
 )
-def test_what_cannot_be_obeyed_is_refused_by_name(flags, tmp_path):
-    """One line that names the flag, and the exit code of a wrong flag."""
+def test_what_cannot_be_obeyed_is_refused_by_name(flags, capsys):
+    """In a message that names the flag."""
+    with pytest.raises((SystemExit, ConfigError)) as refusal:
+        page_config(create_page_parser().parse_args(flags))
+    assert flags[0] in (capsys.readouterr().err or str(refusal.value))
+
+
+@pytest.mark.parametrize("flags", [("--share",), ("--gradio-root-path", "chat")])
+def test_a_refused_flag_ends_the_command(flags, tmp_path):
+    """One line, and the exit code of a wrong flag."""
     ended = run_command("gradio_web_server", *flags, state_dir=tmp_path)
     assert ended.returncode == 2
     assert flags[0] in ended.stderr.splitlines()[-1]
 
 
-def test_fastchat_s_flags_lead_to_the_api_server(tmp_path):
-    """A FastChat command line starts; the controller's machine is where the API server is looked for."""
-    flags = ("--controller-url", "http://127.0.0.1:21001", "--concurrency-count", "10", "--model-list-mode", "reload")
-    began = time.monotonic()
-    with start_command("gradio_web_server", "--port", "0", *flags, state_dir=tmp_path) as page:
-        page.wait_for_line(r"api_url=http://127.0.0.1:8000")
-        page.wait_for_line("--host 0.0.0.0 opens the page to your network")
-        assert call(page.port, "GET", "/").status == 200
-        assert time.monotonic() - began < READY_LIMIT_S
+def test_files_named_by_their_content_are_fetched_once(page_server):
+    """A second visit asks for none of them; the page itself is never kept."""
+    html = call(page_server.port, "GET", "/")
+    script = re.search(r"\./(assets/[^\"]+\.js)", html.body.decode())[1]
+    assert "immutable" in call(page_server.port, "GET", f"/{script}").headers["cache-control"]
+    assert "immutable" not in html.headers.get("cache-control", "")
 
 
 def login(port, name, password):
@@ -57,12 +61,20 @@ def login(port, name, password):
     return call(port, "POST", "/login", body, content_type="application/x-www-form-urlencoded")
 
 
-def test_accounts_decide_who_may_use_the_page(browser, tmp_path):
-    """Without a name and its password nothing can be asked; with them everything."""
+def test_fastchat_s_flags_start_a_page_with_accounts(browser, tmp_path):
+    """A FastChat command line starts in time, with the API server looked for on the controller's machine. Without a
+    name and its password nothing can be asked; with them everything.
+    """
     (tmp_path / "accounts").write_text("alice:correct horse\nbob:geheim,carol:密码\n", encoding="utf-8")
-    flags = ("--gradio-auth-path", tmp_path / "accounts", "--api-url", f"http://127.0.0.1:{free_port()}")
+    flags = ("--controller-url", "http://127.0.0.1:21001", "--concurrency-count", "10", "--model-list-mode", "reload")
+    flags += ("--gradio-auth-path", str(tmp_path / "accounts"))
+    began = time.monotonic()
     with start_command("gradio_web_server", "--port", "0", *flags, state_dir=tmp_path) as page:
         port = page.port
+        assert call(port, "GET", "/").status == 200
+        assert time.monotonic() - began < READY_LIMIT_S
+        page.wait_for_line(r"api_url=http://127.0.0.1:8000")
+        page.wait_for_line("--host 0.0.0.0 opens the page to your network")
         body = b'{"data": [], "fn_index": 0, "session_hash": "a"}'
         for name, password in (("alice", "wrong"), ("nobody", "correct horse"), ("bob", "correct horse")):
             assert login(port, name, password).status == 400
@@ -89,46 +101,25 @@ def test_accounts_decide_who_may_use_the_page(browser, tmp_path):
         assert "correct horse" not in page.log
 
 
-def test_a_model_appears_goes_and_comes_back_without_a_reload(browser, tmp_path):
-    """The selector follows; a worker that dies mid-answer is told of, what came stays, and the next try works."""
-    flags = ("--model-path", DEMO_MODEL, "--model-names", "first")
-    with running_system(tmp_path, worker_flags=flags, model_names=("first",)) as system:
-        page_flags = ("--port", "0", "--api-url", system.api_url)
-        controller = f"http://127.0.0.1:{system.controller_flags[1]}"
-        worker_flags = ("--port", "0", "--controller-address", controller, "--model-path", DEMO_MODEL, "--model-names")
-
-        def start_worker(name):
-            return start_command("model_worker", *worker_flags, name, state_dir=system.state_dir)
-
-        with (
-            start_command("gradio_web_server", *page_flags, state_dir=system.state_dir) as page,
-            visiting(browser, page.url) as visit,
-        ):
-            visit.open()
-            visit.wait_for(lambda: visit.page.input_value("#model input") == "first", what="the first model")
-            with start_worker("second") as second:
-                visit.wait_for(lambda: visit.models() == ["first", "second"], what="the second model", limit_s=40)
-                visit.choose_model("second")
-                visit.send(HELLO)
-                visit.page.locator("#chat [data-testid=bot]").first.wait_for()
-                second.kill()
-                visit.wait_for_notice(re.compile("worker was lost|No worker can answer"))
-                visit.wait_until_answered()
-                begun = visit.answers()
-                assert begun
-                visit.wait_for(lambda: visit.models() == ["first"], what="the second model is gone")
-            with start_worker("second"):
-                visit.wait_for(lambda: "second" in visit.models(), what="the second model is back", limit_s=40)
-                visit.choose_model("second")
-                visit.page.locator("#status .notice button").click()
-                visit.page.locator("body.answering").wait_for()
-                visit.wait_until_answered()
-                assert visit.questions() == [HELLO]
-                assert len(visit.answers()[0]) > len(begun[0])
-            system.worker.kill()
-            visit.page.get_by_text("No model is served yet").wait_for()
-            system.api.kill()
-            visit.page.get_by_text("The API server does not answer").wait_for()
+def test_a_model_appears_and_dies_in_the_middle_of_an_answer(visit, system, endless_model):
+    """The selector follows without a reload; the page says what happened, what came stays, and the next try works."""
+    controller = f"http://127.0.0.1:{system.controller_flags[1]}"
+    flags = ("--controller-address", controller, "--model-path", endless_model, "--model-names", "second")
+    with start_command("model_worker", "--port", "0", *flags, state_dir=system.state_dir) as second:
+        visit.wait_for(lambda: "second" in visit.models(), what="the second model", limit_s=60)
+        visit.choose_model("second")
+        visit.send(HELLO)
+        visit.page.locator("#chat [data-testid=bot]").first.wait_for()
+        second.kill()
+        visit.wait_for_notice(re.compile("worker was lost|No worker can answer"))
+    visit.wait_until_answered()
+    assert visit.answers()[0].strip()
+    visit.wait_for(lambda: visit.models() == [DEMO, ENDLESS], what="the second model is gone")
+    assert visit.page.input_value("#model input") == DEMO
+    visit.page.locator("#status .notice button").click()
+    visit.wait_for(lambda: "ChatGLM2-Demo" in "".join(visit.answers()), what="the other model's answer")
+    assert visit.questions() == [HELLO]
+    visit.wait_until_answered()
 
 
 def test_fastchat_serve_starts_the_page_too(browser, tmp_path):

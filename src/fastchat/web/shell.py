@@ -26,6 +26,8 @@ _SCRIPT = re.compile(rb"<script(?=[\s>])")
 _HEAD = re.compile(rb"<head>")
 _META = re.compile(rb'<meta\s[^>]*(?:property="og:|name="twitter:)[^>]*/>\s*')
 """Gradio's preview cards, which name its own site."""
+_FOR_EVER = "public, max-age=31536000, immutable"
+"""For files whose address holds a digest of what they are: Gradio's built ones, and our own."""
 _POLICY = (
     "default-src 'self'; script-src 'self' 'nonce-{nonce}' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; connect-src 'self'; "
@@ -53,6 +55,8 @@ class PageShell:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 _protect(headers, nonce)
+                if scope["path"].startswith("/assets/") and message["status"] == 200:
+                    headers["cache-control"] = _FOR_EVER
                 if headers.get("content-type", "").startswith("text/html"):
                     start = message
                     return
@@ -71,8 +75,7 @@ class PageShell:
 
 def asset_response(name: str) -> Response:
     """One of the page's own files."""
-    headers = {"cache-control": "public, max-age=31536000, immutable"}  # its address holds its digest
-    return Response(_asset(name), media_type=ASSETS[name], headers=headers)
+    return Response(_asset(name), media_type=ASSETS[name], headers={"cache-control": _FOR_EVER})
 
 
 def _without_compression(scope: Scope) -> Scope:
