@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import urllib.request
 
 import pytest
 
+from tests.processes import run_command
 from tests.system import MODEL_NAME
 from tests.web.conftest import DEMO, ENDLESS
 
@@ -36,25 +38,19 @@ def begin_endless_answer(visit):
     visit.page.locator("#chat [data-testid=bot]").first.wait_for()
 
 
-def test_first_load_shows_the_models_and_streams_an_answer(visit):
-    """Without a setting or a reload the page names what is served and answers, growing as it comes."""
+def test_first_load_shows_the_models_and_gets_an_answer(visit):
+    """Without a setting or a reload the page names what is served and answers."""
     assert visit.models() == [DEMO, ENDLESS]
-    visit.send(HELLO)
-    first = visit.page.locator("#chat [data-testid=bot]").first
-    first.wait_for()
-    early = first.inner_text()
-    visit.wait_until_answered()
-    (answer,) = visit.answers()
-    assert answer.startswith(early.strip()[:5])
-    assert len(answer) > len(early)
-    assert "ChatGLM2-Demo" in answer
+    assert "ChatGLM2-Demo" in visit.ask(HELLO)
     assert visit.questions() == [HELLO]
 
 
-def test_stop_ends_the_answer_on_the_worker(visit, num_running):
-    """What came stays, and the worker computes nothing more for it."""
+def test_an_answer_streams_until_stop_ends_it_on_the_worker(visit, num_running):
+    """It grows as it comes; at the stop what came stays, and the worker computes nothing more for it."""
     begin_endless_answer(visit)
     assert num_running() == 1
+    (early,) = visit.answers()
+    visit.wait_for(lambda: len(visit.answers()[0]) > len(early), what="the answer grows")
     visit.page.click("#stop")
     visit.wait_until_answered()
     visit.wait_for(lambda: num_running() == 0, what="the worker's running count is 0")
@@ -69,7 +65,6 @@ def test_a_closed_tab_ends_the_answer_on_the_worker(visit, num_running):
     begin_endless_answer(visit)
     assert num_running() == 1
     visit.page.close()
-    visit.page = visit.page.context.new_page()
     visit.wait_for(lambda: num_running() == 0, what="the worker's running count is 0")
 
 
@@ -90,6 +85,28 @@ def test_undo_takes_the_last_exchange_back(visit):
     visit.page.locator("#chat [aria-label='Take back']").click()
     visit.wait_for(lambda: visit.questions() == [HELLO], what="one question is left")
     assert visit.page.input_value("#message textarea") == "Who made you?"
+
+
+def test_an_answer_is_judged_once_and_stays_judged(visit, system):
+    """By keyboard, with buttons that say what they do; kept beside the arena's votes, and shown after a reload."""
+    visit.ask(HELLO)
+    up, down, flag = (visit.page.locator(f"#judge-{vote}") for vote in ("up", "down", "flag"))
+    group = visit.page.get_by_role("group", name="Judge this answer")
+    assert group.get_by_role("button").all_inner_texts() == ["Good answer", "Bad answer", "Flag"]
+    up.focus()
+    visit.page.keyboard.press("Tab")
+    visit.page.keyboard.press("Enter")
+    visit.page.locator(".note", has_text="Your vote on this answer is counted").wait_for()
+    visit.reload()
+    visit.page.locator("#judge-down[aria-pressed=true]").wait_for()
+    assert (up.is_enabled(), down.is_enabled(), flag.is_enabled()) == (False, True, False)
+    printed = run_command("main", "votes", state_dir=system.state_dir).stdout.splitlines()
+    kept = [line for line in map(json.loads, printed) if line["type"] == "feedback"]
+    assert [(line["model"], line["vote"]) for line in kept[-1:]] == [(DEMO, "down")]
+    visit.page.locator("#chat [aria-label='Answer again']").click()
+    visit.page.locator("#judge-down[aria-pressed=false]").wait_for()
+    visit.wait_until_answered()
+    assert up.is_enabled()
 
 
 def test_an_edited_message_is_answered_anew(visit):

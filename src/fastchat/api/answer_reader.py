@@ -18,6 +18,7 @@ class AnswerReader:
     """Takes the bytes of a stream and gives the text. What it has learned otherwise is in its attributes."""
 
     def __init__(self) -> None:
+        self.answer_id: str | None = None
         self.finish_reason: str | None = None
         self.num_prompt_tokens: int | None = None
         self.num_generated_tokens: int | None = None
@@ -63,6 +64,8 @@ class AnswerReader:
         error = error_of(chunk)
         if error is not None:
             raise error
+        if isinstance(answer_id := chunk.get("id"), str):
+            self.answer_id = answer_id
         self._read_usage(chunk.get("usage"))
         choices = chunk.get("choices")
         return self._read_choice(choices[0]) if isinstance(choices, list) and choices else ""

@@ -21,12 +21,25 @@ _LIST_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
 _MAX_ERROR_BYTES = 2**20
 
 
+Judgement = Literal["up", "down", "flag"]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerMark:
+    """Which answer of which model a message is, and how it was judged."""
+
+    answer_id: str
+    model: str
+    vote: Judgement | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation."""
+    """One message of a conversation. An answer's `mark` is for votes on it and is no part of what models read."""
 
     role: Literal["system", "user", "assistant"]
     text: str
+    mark: AnswerMark | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +75,7 @@ class AnswerFacts:
     """What is known of an answer beside its text. Times are in seconds since it was asked for."""
 
     began: float
+    answer_id: str | None = None
     first_text_s: float | None = None
     total_s: float = 0.0
     num_prompt_tokens: int | None = None
@@ -145,6 +159,7 @@ class ApiClient:
         async for received in pieces:
             text = reader.push(received)
             facts.total_s = time.monotonic() - facts.began
+            facts.answer_id = reader.answer_id
             facts.num_prompt_tokens = reader.num_prompt_tokens
             facts.num_generated_tokens = reader.num_generated_tokens
             facts.finish_reason = reader.finish_reason

@@ -20,6 +20,7 @@ from fastchat.web.arena_tab import ARENA_KINDS, ArenaTab
 from fastchat.web.chat_tab import ChatTab
 from fastchat.web.config import PageConfig
 from fastchat.web.guard import Guard
+from fastchat.web.judging import JudgeButtons
 from fastchat.web.leaderboard_tab import LeaderboardTab
 from fastchat.web.login import LoginGate
 from fastchat.web.served_models import ServedModels
@@ -71,7 +72,7 @@ def _is_logged_in(gradio_app: Any, cookies: dict[str, str]) -> bool:  # Any: Gra
 
 def _blocks(config: PageConfig, client: ApiClient, models: ServedModels) -> gr.Blocks:
     answerer = Answerer(client)
-    chat = ChatTab(models, answerer, max_answers=config.max_answers)
+    chat = ChatTab(models, answerer, JudgeButtons(client), max_answers=config.max_answers)
     compare, battle = (ArenaTab(kind, client, answerer, max_answers=config.max_answers) for kind in ARENA_KINDS)
     blocks: gr.Blocks
     with gr.Blocks(analytics_enabled=False, title="FastChat", fill_width=True) as blocks:

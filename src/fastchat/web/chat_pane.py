@@ -7,13 +7,14 @@ text is refused before anything looks at it, and text passes both ways unchanged
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import gradio as gr
 from gradio.data_classes import GradioModel, GradioRootModel
 from pydantic import ConfigDict
 
-from fastchat.web.api_client import Message
+from fastchat.web.api_client import AnswerMark, Judgement, Message
 from fastchat.web.components import variant_of
 
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [
@@ -41,6 +42,17 @@ class TextPart(GradioModel):
     type: Literal["text"]
 
 
+class PaneMark(GradioModel):
+    """What a message carries beside its text, in the place that Gradio has for titles of folded messages."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    title: None = None
+    answer_id: str | None = None
+    model: str | None = None
+    vote: Judgement | None = None
+
+
 class PaneMessage(GradioModel):
     """One message as the browser sends it."""
 
@@ -48,6 +60,7 @@ class PaneMessage(GradioModel):
 
     role: Literal["system", "user", "assistant"]
     content: list[TextPart] | str
+    metadata: PaneMark | None = None
 
 
 class PaneMessages(GradioRootModel):
@@ -60,7 +73,7 @@ def _preprocess(_self: Any, payload: Any) -> list[Message]:
     """What the browser sent, as messages."""
     if not isinstance(payload, PaneMessages):
         return []
-    return [Message(message.role, _text_of(message)) for message in payload.root]
+    return [Message(message.role, _text_of(message), _mark_of(message)) for message in payload.root]
 
 
 def _postprocess(_self: Any, value: Any) -> PaneMessages:
@@ -95,7 +108,16 @@ def _text_of(message: PaneMessage) -> str:
     return "\n".join(part.text for part in message.content)
 
 
+def _mark_of(message: PaneMessage) -> AnswerMark | None:
+    mark = message.metadata
+    if mark is None or not mark.answer_id or not mark.model:
+        return None
+    return AnswerMark(mark.answer_id, mark.model, mark.vote)
+
+
 def _shown(message: Message) -> PaneMessage:
     return PaneMessage.model_construct(
-        role=message.role, content=[TextPart.model_construct(text=message.text, type="text")]
+        role=message.role,
+        content=[TextPart.model_construct(text=message.text, type="text")],
+        metadata=None if message.mark is None else PaneMark.model_construct(**asdict(message.mark)),
     )

@@ -14,10 +14,11 @@ from typing import Any
 import gradio as gr
 
 from fastchat.web.answering import Answer, Answerer
-from fastchat.web.api_client import Message
+from fastchat.web.api_client import AnswerMark, Message
 from fastchat.web.chat_pane import chat_pane
 from fastchat.web.components import PlainDropdown
 from fastchat.web.failures import BadInputError
+from fastchat.web.judging import JudgeButtons
 from fastchat.web.questions import RawSettings, chat_request
 from fastchat.web.served_models import ServedModels
 from fastchat.web.settings_fold import SettingsFold
@@ -31,9 +32,12 @@ Update = tuple[Any, Any, Any]
 class ChatTab:
     """The tab's components and handlers."""
 
-    def __init__(self, models: ServedModels, answerer: Answerer, *, max_answers: int | None) -> None:
+    def __init__(
+        self, models: ServedModels, answerer: Answerer, judging: JudgeButtons, *, max_answers: int | None
+    ) -> None:
         self._models = models
         self._answerer = answerer
+        self._judging = judging
         self._running = {**HIDDEN, "concurrency_limit": max_answers, "concurrency_id": "answers"}
 
     def build(self) -> None:
@@ -58,6 +62,7 @@ class ChatTab:
                     buttons=["copy"],
                     placeholder=label("welcome"),
                 )
+                self._judging.build()
                 self.status = gr.HTML("", elem_id="status", js_on_load=None, apply_default_css=False)
                 with gr.Row(elem_id="composer"):
                     self.box = gr.Textbox(
@@ -104,6 +109,7 @@ class ChatTab:
         self.stop.click(
             None, [self.pane], [self.status], js="(pane) => window.fastchat.stopped(pane)", cancels=answers, **HIDDEN
         )
+        self._judging.listen(self.pane, self.status)
         self.pane.undo(self.take_back, [self.pane], shown, **HIDDEN)
         kept = [self.pane, *settings]
         self.pane.change(None, kept, None, js="(...values) => window.fastchat.keep(...values)", **HIDDEN)
@@ -179,8 +185,7 @@ class ChatTab:
         yield turns, ""
         async with aclosing(self._answerer.answer(request)) as answers:
             async for answer in answers:
-                pane = [*turns, Message("assistant", answer.text)] if answer.text else turns
-                yield pane, _status(answer, language)
+                yield [*turns, *_shown(answer, request.model)], _status(answer, language)
 
 
 def _index(event: gr.RetryData | gr.UndoData | gr.EditData) -> int:
@@ -193,6 +198,14 @@ def _up_to_question(turns: list[Message]) -> list[Message]:
     """The turns up to the last question."""
     last = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=-1)
     return turns[: last + 1]
+
+
+def _shown(answer: Answer, model: str) -> list[Message]:
+    """The answer as a message, once it has a text."""
+    if not answer.text:
+        return []
+    answer_id = answer.facts.answer_id
+    return [Message("assistant", answer.text, AnswerMark(answer_id, model) if answer_id else None)]
 
 
 def _status(answer: Answer, language: Language) -> Any:  # Any: HTML, or Gradio's mark for "as it is"

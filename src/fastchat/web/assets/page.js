@@ -98,16 +98,35 @@
   function plain(pane) {
     const textOf = (content) =>
       typeof content === "string" ? content : (content ?? []).map((part) => part.text ?? "").join("\n");
-    return (pane ?? []).map((message) => ({ role: message.role, content: textOf(message.content) }));
+    return (pane ?? []).map((message) => {
+      const { answer_id, model, vote } = message.metadata ?? {};
+      const mark = answer_id ? { answer: { answer_id, model, vote: vote ?? null } } : {};
+      return { role: message.role, content: textOf(message.content), ...mark };
+    });
   }
 
   const forPane = (messages) =>
     messages.map((message) => ({
       role: message.role,
       content: [{ type: "text", text: message.content }],
-      metadata: null,
+      metadata: message.answer ? { title: null, ...message.answer } : null,
       options: null,
     }));
+
+  // The buttons below the last answer, for as long as that has not been judged; then they show how it was.
+  let judged = {};
+
+  function drawJudging(messages) {
+    const answer = messages.at(-1)?.answer ?? null;
+    document.body.classList.toggle("can-judge", answer !== null);
+    for (const vote of ["up", "down", "flag"]) {
+      const button = document.getElementById(`judge-${vote}`);
+      button?.setAttribute("aria-pressed", String(answer?.vote === vote));
+      button?.toggleAttribute("disabled", Boolean(answer?.vote) && answer.vote !== vote);
+    }
+    if (answer?.vote && judged.answer_id === answer.answer_id && !judged.vote) tell(word("judged"));
+    judged = answer ?? {};
+  }
 
   function titleOf(messages) {
     const first = messages.find((message) => message.role === "user")?.content ?? "";
@@ -133,6 +152,7 @@
 
   function keep(pane, model, system) {
     const messages = plain(pane);
+    drawJudging(messages);
     const stored = current === null ? null : read(ONE + current, null);
     if (stored !== null && JSON.stringify(stored.messages) === JSON.stringify(messages)) {
       pending = null;
@@ -460,6 +480,9 @@
       textButton(word("language"), switchLanguage, { id: "language-switch", "aria-label": word("language_label") }),
       textButton("", switchTheme, { id: "theme-switch", title: word("theme_label") }),
     );
+    const judging = document.getElementById("judge");
+    judging.setAttribute("role", "group");
+    judging.setAttribute("aria-label", word("judge_label"));
     document.body.classList.toggle("show-speed", read(SPEED, false));
     drawSpeedSwitch();
     drawList();
