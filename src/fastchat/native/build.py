@@ -40,7 +40,7 @@ LEVELS = {
 """The instruction sets we build for, worst first: what a compiler calls them."""
 BUILD_TIMEOUT_S = 120
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The element types of rows, and their numbers in kernels.cpp."""
+"""The element types of rows, and their numbers in vectors.h."""
 
 _POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -127,7 +127,8 @@ def cache_folder() -> Path:
 def _fingerprint(command: list[str]) -> str:
     compiler = Path(command[0]).resolve()
     facts = (*command[:-1], str(compiler), str(compiler.stat().st_mtime_ns), torch.__version__)
-    return hashlib.sha256("\n".join(facts).encode() + SOURCE.read_bytes()).hexdigest()[:20]
+    sources = b"".join(path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+    return hashlib.sha256("\n".join(facts).encode() + sources).hexdigest()[:20]
 
 
 def _build(command: list[str], path: Path) -> None:

@@ -1,0 +1,292 @@
+// Products with weights of plain numbers and of int8.
+#pragma once
+
+#include "vectors.h"
+
+// y = x W^T with W (N, K) as torch holds it. A tile is up to MAX_ROWS rows of x by 4 rows of W, with an accumulator in
+// a register for each pair, summed over its lanes at the end: W needs no packing, and each of its bytes is read from
+// memory once. A `Dot` says how one register of a row of W is multiplied with a row of x.
+
+constexpr int COLUMNS = 4;  // rows of W per tile
+
+struct DotBFloat16 {
+    typedef BFloat16 Weight;
+    typedef Floats Sum;
+    static INLINE Sum zero() { return zeros(); }
+#if defined(__AVX512BF16__)
+    // Pairs of products straight into float32 lanes.
+    typedef BFloat16 Input;
+    typedef Bytes Register;
+    static constexpr int STEP = 2 * LANES, MAX_ROWS = 6;
+    static INLINE Register take(const Weight* from) { return load_bytes(from); }
+    static INLINE Sum add(Sum sum, Register weight, const Input* x) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)load_bytes(x));
+    }
+    static INLINE void arrange(const Weight* from, Input* to) { std::memcpy(to, from, STEP * sizeof *to); }
+#else
+    // A bfloat16 is the high half of a float32. A 32-bit lane holds two: an even input below, an odd one above; x is
+    // float32, the even inputs of a step before the odd ones.
+    typedef float Input;
+    struct Register { Floats even, odd; };
+    static constexpr int STEP = 2 * LANES, MAX_ROWS = LANES == 16 ? 6 : 2;
+    static INLINE Register take(const Weight* from) {
+        Bytes pairs = load_bytes(from);
+        return {as_floats(raise_by_16(pairs)), as_floats(keep_high_16(pairs))};
+    }
+    static INLINE Sum add(Sum sum, Register weight, const Input* x) {
+        return fma(weight.odd, load(x + LANES), fma(weight.even, load(x), sum));
+    }
+    static INLINE void arrange(const Weight* from, Input* to) {
+        for (int i = 0; i < STEP; i++) to[i / 2 + i % 2 * LANES] = to_float(from[i]);
+    }
+#endif
+};
+
+template <class Element>
+struct DotWidened {  // float32 and float16
+    typedef Element Weight;
+    typedef float Input;
+    typedef Floats Sum;
+    typedef Floats Register;
+    static constexpr int STEP = LANES, MAX_ROWS = LANES == 16 ? 6 : 2;
+    static INLINE Sum zero() { return zeros(); }
+    static INLINE Register take(const Weight* from) { return load(from); }
+    static INLINE Sum add(Sum sum, Register weight, const Input* x) { return fma(weight, load(x), sum); }
+    static INLINE void arrange(const Weight* from, Input* to) {
+        for (int i = 0; i < STEP; i++) to[i] = to_float(from[i]);
+    }
+};
+
+struct DotInt8 {  // int8 with int8 into int32 lanes, exact
+    typedef int8_t Weight;
+    typedef int8_t Input;
+    typedef Bytes Sum;
+    typedef Bytes Register;
+    static constexpr int STEP = sizeof(Bytes), MAX_ROWS = LANES == 16 ? 6 : 2;
+#if defined(__AVX512VNNI__)
+    // The instruction takes unsigned with signed bytes: weights are raised by 128, which the caller subtracts again.
+    static constexpr int32_t OFFSET = 128;
+    static INLINE Sum zero() { return _mm512_setzero_si512(); }
+    static INLINE Register take(const Weight* from) {
+        return _mm512_xor_si512(load_bytes(from), _mm512_set1_epi8(static_cast<char>(0x80)));
+    }
+    static INLINE Sum add(Sum sum, Register weight, const Input* x) {
+        return _mm512_dpbusd_epi32(sum, weight, load_bytes(x));
+    }
+#else
+    // |w| <= 128 and |x| <= 127, so a pair's sum fits 16 bits.
+    static constexpr int32_t OFFSET = 0;
+    static INLINE Sum zero() { return _mm256_setzero_si256(); }
+    static INLINE Register take(const Weight* from) { return load_bytes(from); }
+    static INLINE Sum add(Sum sum, Register weight, const Input* x) {
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(load_bytes(x), weight));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+#endif
+};
+
+// Pointers to the rows of W of one tile, and to copies of their ends that are filled up with zeros.
+template <class Dot>
+struct Columns {
+    const typename Dot::Weight* rows[COLUMNS];
+    alignas(64) typename Dot::Weight ends[COLUMNS][Dot::STEP];
+
+    // `row_at(c)` is the first element of the tile's row c.
+    template <class RowAt>
+    INLINE Columns(int64_t num_inputs, const RowAt& row_at) {
+        const int64_t whole = num_inputs / Dot::STEP * Dot::STEP;
+        for (int c = 0; c < COLUMNS; c++) {
+            rows[c] = row_at(c);
+            if (whole == num_inputs) continue;
+            std::memset(ends[c], 0, sizeof ends[c]);
+            std::memcpy(ends[c], rows[c] + whole, (num_inputs - whole) * sizeof(typename Dot::Weight));
+        }
+    }
+};
+
+// How far ahead of its use W is asked for: the same place of the chunk's next tile, or further in this row.
+INLINE int64_t bytes_ahead(int64_t row_bytes, bool is_last_tile) { return is_last_tile ? 1024 : COLUMNS * row_bytes; }
+
+INLINE void fetch(const void* from, int64_t bytes_ahead) {
+    _mm_prefetch(static_cast<const char*>(from) + bytes_ahead, _MM_HINT_T1);
+}
+
+template <class Dot, int ROWS>
+INLINE void multiply_tile(
+    const Columns<Dot>& columns, const typename Dot::Input* x, int64_t x_stride, int64_t num_inputs,
+    int64_t ahead, typename Dot::Sum (&sums)[ROWS][COLUMNS]) {
+    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int c = 0; c < COLUMNS; c++) sums[r][c] = Dot::zero();
+    const int64_t whole = num_inputs / Dot::STEP * Dot::STEP;
+    for (int64_t k = 0; k < whole; k += Dot::STEP) {
+        typename Dot::Register weight[COLUMNS];
+        UNROLL for (int c = 0; c < COLUMNS; c++) {
+            weight[c] = Dot::take(columns.rows[c] + k);
+            fetch(columns.rows[c] + k, ahead);
+        }
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int c = 0; c < COLUMNS; c++)
+                sums[r][c] = Dot::add(sums[r][c], weight[c], x + r * x_stride + k);
+    }
+    if (whole == num_inputs) return;
+    UNROLL for (int c = 0; c < COLUMNS; c++) {
+        typename Dot::Register weight = Dot::take(columns.ends[c]);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            sums[r][c] = Dot::add(sums[r][c], weight, x + r * x_stride + whole);
+    }
+}
+
+// Where results go: a matrix of the element type Python named, and a row of it to add.
+struct Output {
+    int64_t element;
+    void* values;
+    const void* bias;  // or null
+    int64_t num_columns;
+
+    template <class Element>
+    INLINE void put_as(int64_t row, int64_t column, const float (&results)[COLUMNS]) const {
+        Element* to = static_cast<Element*>(values) + row * num_columns + column;
+        const Element* added = bias ? static_cast<const Element*>(bias) + column : nullptr;
+        for (int64_t c = 0; c < std::min<int64_t>(COLUMNS, num_columns - column); c++)
+            put(to + c, added ? results[c] + to_float(added[c]) : results[c]);
+    }
+    INLINE void put_four(int64_t row, int64_t column, const float (&results)[COLUMNS]) const {
+        if (element == BFLOAT16) put_as<BFloat16>(row, column, results);
+        else if (element == FLOAT32) put_as<float>(row, column, results);
+        else put_as<Float16>(row, column, results);
+    }
+};
+
+// What becomes of the sums of one row of x with four rows of W.
+struct FloatResult {
+    Output output;
+
+    INLINE void keep(int64_t row, int64_t column, const Floats (&sums)[COLUMNS]) const {
+        alignas(16) float results[COLUMNS];
+        _mm_store_ps(results, sum_four(sums[0], sums[1], sums[2], sums[3]));
+        output.put_four(row, column, results);
+    }
+};
+
+struct Int8Result {
+    Output output;
+    const float* scales;
+    const float* row_scales;
+    const int32_t* row_sums;
+
+    INLINE void keep(int64_t row, int64_t column, const Bytes (&sums)[COLUMNS]) const {
+        __m128i whole = sum_four(sums[0], sums[1], sums[2], sums[3]);
+        whole = _mm_sub_epi32(whole, _mm_set1_epi32(DotInt8::OFFSET * row_sums[row]));
+        alignas(16) float results[COLUMNS];
+        _mm_store_ps(results, _mm_cvtepi32_ps(whole) * _mm_set1_ps(row_scales[row]));
+        for (int64_t c = 0; c < std::min<int64_t>(COLUMNS, output.num_columns - column); c++)
+            results[c] *= scales[column + c];
+        output.put_four(row, column, results);
+    }
+};
+
+// Calls use(Rows<num_rows>()).
+template <int ROWS>
+struct Rows { static constexpr int value = ROWS; };
+
+template <int MAX, class Use>
+INLINE void with_rows(int64_t num_rows, const Use& use) {
+    if constexpr (MAX == 1) {
+        use(Rows<1>());
+    } else {
+        if (num_rows == MAX) use(Rows<MAX>());
+        else with_rows<MAX - 1>(num_rows, use);
+    }
+}
+
+// How the work is cut: chunks of W for the threads, blocks of x that stay in a core's cache, tiles of equal height.
+struct Cut {
+    static constexpr int64_t CHUNK_BYTES = 192 * 1024, BLOCK_BYTES = 512 * 1024;
+    int64_t columns_per_chunk, num_chunks, rows_per_block, num_blocks;
+
+    Cut(int64_t num_rows, int64_t num_columns, int64_t weight_row_bytes, int64_t x_row_bytes, int max_tile_rows) {
+        const int64_t wanted = CHUNK_BYTES / std::max<int64_t>(1, weight_row_bytes);
+        columns_per_chunk = std::max<int64_t>(4, (wanted + COLUMNS - 1) / COLUMNS) * COLUMNS;
+        num_chunks = (num_columns + columns_per_chunk - 1) / columns_per_chunk;
+        rows_per_block = std::max<int64_t>(max_tile_rows, BLOCK_BYTES / std::max<int64_t>(1, x_row_bytes));
+        num_blocks = (num_rows + rows_per_block - 1) / rows_per_block;
+    }
+
+    // Calls use(first_row, num_rows) for tiles of nearly equal height over rows [first, end).
+    template <class Use>
+    static INLINE void tiles(int64_t first, int64_t end, int max_tile_rows, const Use& use) {
+        const int64_t num_tiles = (end - first + max_tile_rows - 1) / max_tile_rows;
+        for (int64_t tile = 0; tile < num_tiles; tile++) {
+            const int64_t from = first + (end - first) * tile / num_tiles;
+            use(from, first + (end - first) * (tile + 1) / num_tiles - from);
+        }
+    }
+};
+
+template <class Dot, class Result>
+void multiply_all(
+    const typename Dot::Weight* weight, const typename Dot::Input* x, int64_t x_stride, int64_t num_rows,
+    int64_t num_columns, int64_t num_inputs, int64_t num_threads, const Result& result) {
+    const Cut cut(
+        num_rows, num_columns, num_inputs * sizeof(typename Dot::Weight), x_stride * sizeof(typename Dot::Input),
+        Dot::MAX_ROWS);
+    for_each(cut.num_chunks, num_threads, [&](int64_t chunk) {
+        const int64_t end_column = std::min(num_columns, (chunk + 1) * cut.columns_per_chunk);
+        for (int64_t block = 0; block < cut.num_blocks; block++) {
+            const int64_t first_row = block * cut.rows_per_block;
+            const int64_t end_row = std::min(num_rows, first_row + cut.rows_per_block);
+            for (int64_t column = chunk * cut.columns_per_chunk; column < end_column; column += COLUMNS) {
+                const Columns<Dot> columns(
+                    num_inputs, [&](int c) { return weight + std::min(column + c, num_columns - 1) * num_inputs; });
+                const int64_t row_bytes = num_inputs * sizeof(typename Dot::Weight);
+                const int64_t ahead = bytes_ahead(row_bytes, column + COLUMNS >= end_column);
+                Cut::tiles(first_row, end_row, Dot::MAX_ROWS, [&](int64_t row, int64_t tile_rows) {
+                    with_rows<Dot::MAX_ROWS>(tile_rows, [&](auto rows) {
+                        typename Dot::Sum sums[decltype(rows)::value][COLUMNS];
+                        multiply_tile<Dot, decltype(rows)::value>(columns, x + row * x_stride, x_stride, num_inputs, ahead, sums);
+                        UNROLL for (int r = 0; r < decltype(rows)::value; r++) result.keep(row + r, column, sums[r]);
+                    });
+                });
+            }
+        }
+    });
+}
+
+thread_local Scratch input_scratch;
+
+constexpr int64_t UNIT = 64;
+INLINE int64_t padded(int64_t num_inputs) { return (num_inputs + UNIT - 1) / UNIT * UNIT; }
+
+// A row of x as a Dot reads it, filled up with zeros to whole units.
+template <class Dot>
+INLINE void arrange_row(const typename Dot::Weight* x, int64_t num_inputs, typename Dot::Input* to) {
+    for (int64_t k = 0; k < padded(num_inputs); k += Dot::STEP) {
+        alignas(64) typename Dot::Weight step[Dot::STEP] = {};
+        const int64_t count = std::min<int64_t>(Dot::STEP, num_inputs - k);
+        if (count > 0) std::memcpy(step, x + k, count * sizeof step[0]);
+        Dot::arrange(step, to + k);
+    }
+}
+
+template <class Dot>
+const typename Dot::Input* arrange(
+    const typename Dot::Weight* x, int64_t num_rows, int64_t num_inputs, int64_t num_threads) {
+    if constexpr (std::is_same_v<typename Dot::Weight, typename Dot::Input>) {
+        if (num_inputs % UNIT == 0) return x;
+    }
+    const int64_t stride = padded(num_inputs);
+    auto* arranged = input_scratch.take<typename Dot::Input>(num_rows * stride);
+    for_each(num_rows, num_rows * num_inputs < WORTH_THREADS ? 1 : num_threads, [&](int64_t row) {
+        arrange_row<Dot>(x + row * num_inputs, num_inputs, arranged + row * stride);
+    });
+    return arranged;
+}
+
+template <class Dot>
+void multiply_float(
+    const void* x, const void* weight, const Output& output, int64_t num_rows, int64_t num_inputs,
+    int64_t num_threads) {
+    typedef const typename Dot::Weight* Pointer;
+    multiply_all<Dot>(
+        static_cast<Pointer>(weight), arrange<Dot>(static_cast<Pointer>(x), num_rows, num_inputs, num_threads),
+        padded(num_inputs), num_rows, output.num_columns, num_inputs, num_threads, FloatResult{output});
+}
