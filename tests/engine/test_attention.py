@@ -13,7 +13,7 @@ from fastchat.engine.attention import (
     attend_each,
     attend_native,
     attend_padded,
-    decoding_sequences,
+    native_queries,
 )
 from fastchat.native import attention as native_attention
 
@@ -34,6 +34,10 @@ def written_out(query, keys, values, window):
             scores = keys[kv_head, first : place + 1] @ query[head, index] * SCALING
             output[index, head] = scores.softmax(0) @ values[kv_head, first : place + 1]
     return output
+
+
+def slots_of(span):
+    return [span.block_ids[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(span.context_length)]
 
 
 @pytest.mark.parametrize("kernel", [attend_each, attend_native, attend_padded])
@@ -62,6 +66,8 @@ def test_kernels_equal_attention_written_out(kernel, window):
         (6, 6, [10, 11]),
         (3, 11, [12, 20, 13]),
         (5, 8, [14, 15]),
+        (12, 12, [21, 22, 23]),
+        (10, 15, [27, 25, 29, 24]),
     ]
     spans, start = [], 0
     for num_queries, context_length, block_ids in lengths:
@@ -77,20 +83,23 @@ def test_kernels_equal_attention_written_out(kernel, window):
             )
         )
         start += num_queries
+    new_slots = [slot for span in spans for slot in slots_of(span)[-span.num_queries :]]
+    new_keys, new_values = keys[:, new_slots], values[:, new_slots]
+    keys[:, new_slots] = values[:, new_slots] = 9.0  # the kernel writes them
     tables = [span.block_ids for span in spans if span.num_queries == 1]
     step = AttentionStep(
         cache=cache,
         kernel=kernel,
-        slots=torch.zeros(0, dtype=torch.long),
+        slots=torch.tensor(new_slots),
         spans=spans,
         on_layer=lambda: None,
         padded_blocks=torch.tensor([table + [0] * (3 - len(table)) for table in tables]),
-        decoding=decoding_sequences(spans, BLOCK_SIZE) if kernel is attend_native else None,
+        queries=native_queries(spans, torch.tensor(new_slots), BLOCK_SIZE) if kernel is attend_native else None,
     )
     query = torch.randn(NUM_KV_HEADS * NUM_GROUPS, start, HEAD_DIM, generator=generator)
-    output = kernel(LayerInputs(query, keys, values, SCALING, window), step)
+    output = kernel(LayerInputs(query, new_keys, new_values, keys, values, SCALING, window), step)
     for span in spans:
-        slots = [span.block_ids[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(span.context_length)]
+        slots = slots_of(span)
         rows = slice(span.query_start, span.query_start + span.num_queries)
         expected = written_out(query[:, rows], keys[:, slots], values[:, slots], window)
         torch.testing.assert_close(output[rows], expected, atol=1e-5, rtol=1e-4)

@@ -7,7 +7,7 @@ values are written to their slots, then every sequence attends over its own bloc
 Three kernels, one result (there is an equality test):
 
     attend_each     one call per sequence; adjacent blocks are read in place. For CPU.
-    attend_native   decoding sequences in one call of our C++, the rest one by one. For CPU where C++ can be had.
+    attend_native   all sequences in one call of our C++. For CPU where C++ can be had.
     attend_padded   decoding sequences in one padded call, the rest one by one. For CUDA.
 
 Query heads that share a KV head become query rows (decode) or a broadcast dimension (prefill), so keys and values
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastchat.native import attention as native_attention
-from fastchat.native.attention import DecodingSequences
+from fastchat.native.attention import Queries
 
 ATTENTION_NAME = "fastchat_paged"
 
@@ -90,8 +90,12 @@ class LayerInputs:
 
     query: Tensor
     """# (H, num_tokens, D)"""
+    new_keys: Tensor
+    """# (K, num_tokens, D), for the kernel to write to their slots"""
+    new_values: Tensor
+    """# (K, num_tokens, D)"""
     keys: Tensor
-    """# (K, num_slots, D), the new tokens' included"""
+    """The cache. # (K, num_slots, D)"""
     values: Tensor
     """# (K, num_slots, D)"""
     scaling: float
@@ -112,8 +116,8 @@ class AttentionStep:
     """Called once per layer: the engine's sign of life within a long step."""
     padded_blocks: Tensor | None = None
     """Block ids of the decoding spans for `attend_padded`, filled up with 0. # (num_decoding, max_blocks)"""
-    decoding: DecodingSequences | None = None
-    """The decoding spans for `attend_native`."""
+    queries: Queries | None = None
+    """The spans as `attend_native` takes them."""
 
 
 def paged_attention(
@@ -138,9 +142,7 @@ def paged_attention(
     layer_index = module.layer_idx
     assert isinstance(layer_index, int)
     keys, values = attention_step.cache.layer(layer_index)
-    keys.index_copy_(1, attention_step.slots, key[0])
-    values.index_copy_(1, attention_step.slots, value[0])
-    inputs = LayerInputs(query[0], keys, values, scaling, sliding_window)
+    inputs = LayerInputs(query[0], key[0], value[0], keys, values, scaling, sliding_window)
     output = attention_step.kernel(inputs, attention_step)
     attention_step.on_layer()
     return output.unsqueeze(0), None
@@ -148,6 +150,7 @@ def paged_attention(
 
 def attend_each(inputs: LayerInputs, step: AttentionStep) -> Tensor:
     """One attention call per sequence. -> (num_tokens, H, D)."""
+    _write_new(inputs, step)
     output = _new_output(inputs.query)
     for span in step.spans:
         _attend_span(inputs, step, span, output)
@@ -156,49 +159,43 @@ def attend_each(inputs: LayerInputs, step: AttentionStep) -> Tensor:
 
 def attend_padded(inputs: LayerInputs, step: AttentionStep) -> Tensor:
     """Decoding sequences in one padded call, chunks of prompts one by one. -> (num_tokens, H, D)."""
+    _write_new(inputs, step)
     output = _new_output(inputs.query)
     decoding = [span for span in step.spans if span.num_queries == 1]
     if decoding:
         rows = torch.tensor([span.query_start for span in decoding], device=output.device)
         output[rows] = _attend_decoding(inputs, step, decoding, rows)
-    _attend_chunks(inputs, step, output)
+    for span in step.spans:
+        if span.num_queries > 1:
+            _attend_span(inputs, step, span, output)
     return output
 
 
 def attend_native(inputs: LayerInputs, step: AttentionStep) -> Tensor:
-    """Decoding sequences in one native call, chunks of prompts one by one. -> (num_tokens, H, D)."""
+    """Everything in one native call. -> (num_tokens, H, D)."""
+    assert step.queries is not None
     output = _new_output(inputs.query)
-    if step.decoding is not None:
-        native_attention.attend(
-            step.decoding,
-            inputs.query,
-            inputs.keys,
-            inputs.values,
-            output,
-            scaling=inputs.scaling,
-            window=inputs.window,
-        )
-    _attend_chunks(inputs, step, output)
+    native_attention.attend(
+        step.queries,
+        inputs.query,
+        (inputs.new_keys, inputs.new_values),
+        (inputs.keys, inputs.values),
+        output,
+        scaling=inputs.scaling,
+        window=inputs.window,
+    )
     return output
 
 
-def _attend_chunks(inputs: LayerInputs, step: AttentionStep, output: Tensor) -> None:
-    for span in step.spans:
-        if span.num_queries > 1:
-            _attend_span(inputs, step, span, output)
+def native_queries(spans: list[SequenceSpan], slots: Tensor, block_size: int) -> Queries:
+    """The spans as `attend_native` takes them."""
+    sequences = [(span.query_start, span.num_queries, span.context_length, span.block_ids) for span in spans]
+    return Queries.of(sequences, slots, block_size)
 
 
-def decoding_sequences(spans: list[SequenceSpan], block_size: int) -> DecodingSequences | None:
-    """The spans of one token each, as `attend_native` takes them; None where there are none."""
-    decoding = [span for span in spans if span.num_queries == 1]
-    if not decoding:
-        return None
-    return DecodingSequences.of(
-        rows=[span.query_start for span in decoding],
-        lengths=[span.context_length for span in decoding],
-        block_tables=[span.block_ids for span in decoding],
-        block_size=block_size,
-    )
+def _write_new(inputs: LayerInputs, step: AttentionStep) -> None:
+    inputs.keys.index_copy_(1, step.slots, inputs.new_keys)
+    inputs.values.index_copy_(1, step.slots, inputs.new_values)
 
 
 def _new_output(query: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fastchat.engine.attention import (
     attend_each,
     attend_native,
     attend_padded,
-    decoding_sequences,
+    native_queries,
     paged_attention,
 )
 from fastchat.engine.engine_config import max_logits_rows
@@ -73,21 +73,22 @@ class ModelRunner:
         """Compute the batch's tokens; their keys and values are in the cache afterwards."""
         token_ids: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
+        slot_numbers: list[int] = []
         spans: list[SequenceSpan] = []
         for item in batch.scheduled:
             spans.append(self._span(item, query_start=len(token_ids)))
             token_ids += item.sequence.token_ids[item.start : item.end]
             positions += range(item.start, item.end)
-            slots += self._slots(item)
+            slot_numbers += self._slots(item)
+        slots = torch.tensor(slot_numbers, device=self.device)
         step = AttentionStep(
             cache=self._cache,
             kernel=self._kernel,
-            slots=torch.tensor(slots, device=self.device),
+            slots=slots,
             spans=spans,
             on_layer=self._on_layer,
             padded_blocks=self._padded_blocks(spans) if self._kernel is attend_padded else None,
-            decoding=decoding_sequences(spans, self._cache.block_size) if self._kernel is attend_native else None,
+            queries=native_queries(spans, slots, self._cache.block_size) if self._kernel is attend_native else None,
         )
         hidden_states = self._decoder(
             input_ids=torch.tensor([token_ids], device=self.device),

@@ -1,9 +1,9 @@
-"""Attention of decoding sequences over a paged KV cache, in one call per layer.
+"""Attention over a paged KV cache, in one call per layer: single tokens and chunks of prompts alike.
 
 Only C++: where `is_available` says no, the engine's torch kernels do the work, under the same equality test. Keys and
-values are read in place, block by block; nothing is gathered or padded. Work is shared over sequences, KV heads and
-parts of 512 tokens, and a result does not depend on the other sequences nor on the number of threads.
-Letters: H query heads, K KV heads, D head size.
+values are written to their slots and read in place, block by block; nothing is gathered or padded. Work is shared over
+sequences, KV heads and parts of a context or of a chunk, and a result does not depend on the other sequences nor on the
+number of threads. Letters: H query heads, K KV heads, D head size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fastchat.native.build import ELEMENTS, kernels
 
+MAX_SINGLES = 8
+"""A sequence with up to so many new tokens is computed token by token, each with the bits that it has alone."""
+
 
 def is_available(dtype: torch.dtype) -> bool:
     """Whether `attend` can be used for a cache of this type on CPU."""
@@ -22,70 +25,97 @@ def is_available(dtype: torch.dtype) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodingSequences:
-    """The sequences of a step that have one new token each; B of them, all on CPU, int32, contiguous."""
+class Queries:
+    """The new tokens of a step: B single ones, then C chunks; all on CPU, contiguous, int32."""
 
     rows: Tensor
-    """Their tokens' places in the packed batch. # (B,)"""
+    """The places of the tokens, or of a chunk's first ones, in the packed batch. # (B + C,)"""
+    counts: Tensor
+    """How many tokens each stands for. # (B + C,)"""
     lengths: Tensor
-    """Tokens to attend over, the new one included. # (B,)"""
+    """Tokens to attend over, up to the last new one. # (B + C,)"""
     blocks: Tensor
-    """Their block tables, filled up with anything. # (B, max_blocks)"""
+    """Block tables, filled up with anything. # (B + C, max_blocks)"""
+    num_single: int
+    slots: Tensor
+    """Where the keys and values of all tokens of the packed batch go. # (num_tokens,), int64"""
     block_size: int
 
     @classmethod
-    def of(
-        cls, rows: list[int], lengths: list[int], block_tables: list[list[int]], block_size: int
-    ) -> DecodingSequences:
-        """From plain lists."""
-        width = max(map(len, block_tables))
-        tables = [table + [0] * (width - len(table)) for table in block_tables]
+    def of(cls, sequences: list[tuple[int, int, int, list[int]]], slots: Tensor, block_size: int) -> Queries:
+        """From (row, count, length, block table) of each sequence."""
+        singles, chunks = [], []
+        for row, count, length, table in sequences:
+            if count > MAX_SINGLES:
+                chunks.append((row, count, length, table))
+                continue
+            singles += [(row + i, 1, length - count + 1 + i, table) for i in range(count)]
+        rows, counts, lengths, tables = zip(*singles, *chunks, strict=True)
+        width = max(map(len, tables))
         return cls(
             torch.tensor(rows, dtype=torch.int32),
+            torch.tensor(counts, dtype=torch.int32),
             torch.tensor(lengths, dtype=torch.int32),
-            torch.tensor(tables, dtype=torch.int32),
+            torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
+            len(singles),
+            slots,
             block_size,
         )
 
 
 def attend(
-    sequences: DecodingSequences,
+    queries: Queries,
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    new: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
     output: Tensor,
     *,
     scaling: float,
     window: int | None,
 ) -> None:
-    """Fill in the sequences' rows of `output`.
+    """Write the new keys and values to their slots, and fill in the queries' rows of `output`.
 
-    query (H, num_tokens, D), keys and values (K, num_slots, D), output (num_tokens, H, D), of one type.
+    query (H, num_tokens, D), new (K, num_tokens, D), cache (K, num_slots, D), output (num_tokens, H, D), of one type.
     """
     library = kernels()
     assert library is not None
+    keys, values = cache
+    new_keys, new_values = new
     if query.stride(2) != 1:
         query = query.contiguous()
+    if new_keys.stride() != new_values.stride() or new_keys.stride(2) != 1:
+        new_keys, new_values = new_keys.contiguous(), new_values.contiguous()
+    num_heads, num_tokens, head_dim = query.shape
+    assert query.dtype == new_keys.dtype == new_values.dtype == keys.dtype == values.dtype == output.dtype
     assert keys.stride() == values.stride()
-    assert keys.stride()[1:] == (keys.shape[2], 1)
+    assert keys.stride()[1:] == (head_dim, 1)
     assert output.is_contiguous()
-    num_heads, _, head_dim = query.shape
+    assert queries.slots.dtype == torch.int64
+    assert len(queries.slots) == num_tokens
     library.fastchat_attend(
         ELEMENTS[keys.dtype],
         query.data_ptr(),
+        new_keys.data_ptr(),
+        new_values.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
         output.data_ptr(),
-        sequences.rows.data_ptr(),
-        sequences.lengths.data_ptr(),
-        sequences.blocks.data_ptr(),
-        *sequences.blocks.shape,
+        queries.slots.data_ptr(),
+        queries.rows.data_ptr(),
+        queries.counts.data_ptr(),
+        queries.lengths.data_ptr(),
+        queries.blocks.data_ptr(),
+        queries.num_single,
+        len(queries.rows) - queries.num_single,
+        queries.blocks.shape[1],
+        num_tokens,
         num_heads,
         len(keys),
         head_dim,
         *query.stride()[:2],
+        *new_keys.stride()[:2],
         keys.stride(0),
-        sequences.block_size,
+        queries.block_size,
         window or 0,
         scaling,
         torch.get_num_threads(),

@@ -47,7 +47,7 @@ _SIGNATURES = {
     "fastchat_multiply": (_INTEGER, *[_POINTER] * 4, *[_INTEGER] * 4),
     "fastchat_multiply_int8": (_INTEGER, *[_POINTER] * 5, *[_INTEGER] * 4),
     "fastchat_multiply_int4": (_INTEGER, *[_POINTER] * 5, *[_INTEGER] * 5),
-    "fastchat_attend": (_INTEGER, *[_POINTER] * 7, *[_INTEGER] * 10, _FLOAT, _INTEGER),
+    "fastchat_attend": (_INTEGER, *[_POINTER] * 11, *[_INTEGER] * 14, _FLOAT, _INTEGER),
     "fastchat_normalize": (_INTEGER, *[_POINTER] * 4, *[_INTEGER] * 2, _FLOAT, _INTEGER),
     "fastchat_silu_and_multiply": (_INTEGER, *[_POINTER] * 2, *[_INTEGER] * 3),
     "fastchat_rotate": (_INTEGER, *[_POINTER] * 3, *[_INTEGER] * 7),

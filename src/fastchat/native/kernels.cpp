@@ -1,11 +1,11 @@
-// The kernels of fastchat.native: matrix products, decode attention, and a layer's small operators, for x86 CPUs.
+// The kernels of fastchat.native: matrix products, attention over a paged cache, and a layer's small operators, for x86 CPUs.
 //
 // Compiled on first use by build.py for one of two instruction sets, "avx512" (AVX-512 with VNNI, and BF16 where there
 // is) or "avx2"; called through ctypes by the Python modules beside it, which check shapes and types. Every output
 // number is computed by one thread in an order that depends only on its own row, so results do not depend on the
 // number of threads nor on the other rows of a batch. Threads are those of torch's own OpenMP.
 
-#include "attention.h"
+#include "chunks.h"
 #include "layers.h"
 #include "quantized.h"
 
@@ -47,18 +47,42 @@ void fastchat_multiply_int4(
     multiply_int4(rows, weight, scales, {element, output, bias, num_columns}, num_rows, num_groups, num_threads);
 }
 
+// The new tokens' keys and values (num_kv_heads, num_tokens, head_dim) go to their slots; then the first `num_decoding`
+// entries of rows, lengths and blocks are single tokens, the `num_chunks` behind them are `counts` tokens each.
 void fastchat_attend(
-    int64_t element, const void* query, const void* keys, const void* values, void* output, const int32_t* rows,
-    const int32_t* lengths, const int32_t* blocks, int64_t num_sequences, int64_t max_blocks, int64_t num_heads,
-    int64_t num_kv_heads, int64_t head_dim, int64_t query_head_stride, int64_t query_token_stride,
-    int64_t cache_head_stride, int64_t block_size, int64_t window, float scaling, int64_t num_threads) {
+    int64_t element, const void* query, const void* new_keys, const void* new_values, void* keys, void* values,
+    void* output, const int64_t* slots, const int32_t* rows, const int32_t* counts, const int32_t* lengths,
+    const int32_t* blocks, int64_t num_decoding, int64_t num_chunks, int64_t max_blocks, int64_t num_tokens,
+    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t query_head_stride, int64_t query_token_stride,
+    int64_t new_head_stride, int64_t new_token_stride, int64_t cache_head_stride, int64_t block_size, int64_t window,
+    float scaling, int64_t num_threads) {
     const Cache cache{keys, values, cache_head_stride, num_kv_heads, head_dim, block_size};
     const Decoding decoding{
         query, query_head_stride, query_token_stride, rows, lengths, blocks,
-        num_sequences, max_blocks, num_heads, window, scaling};
-    if (element == BFLOAT16) attend<DotBFloat16>(cache, decoding, output, num_threads);
-    else if (element == FLOAT32) attend<DotWidened<float>>(cache, decoding, output, num_threads);
-    else attend<DotWidened<Float16>>(cache, decoding, output, num_threads);
+        num_decoding, max_blocks, num_heads, window, scaling};
+    Chunks chunks{counts + num_decoding, decoding};
+    chunks.each.rows += num_decoding;
+    chunks.each.lengths += num_decoding;
+    chunks.each.blocks += num_decoding * max_blocks;
+    chunks.each.num_sequences = num_chunks;
+    with_element(element, [&](auto zero) {
+        typedef decltype(zero) Element;
+        typedef std::conditional_t<std::is_same_v<Element, BFloat16>, DotBFloat16, DotWidened<Element>> Dot;
+        for_each(num_tokens, num_tokens * num_kv_heads * head_dim < WORTH_THREADS ? 1 : num_threads, [&](int64_t token) {
+            for (int64_t head = 0; head < num_kv_heads; head++) {
+                const int64_t from = head * new_head_stride + token * new_token_stride;
+                const int64_t to = head * cache_head_stride + slots[token] * head_dim;
+                std::memcpy(
+                    static_cast<Element*>(keys) + to, static_cast<const Element*>(new_keys) + from,
+                    head_dim * sizeof(Element));
+                std::memcpy(
+                    static_cast<Element*>(values) + to, static_cast<const Element*>(new_values) + from,
+                    head_dim * sizeof(Element));
+            }
+        });
+        attend<Dot>(cache, decoding, output, num_threads);
+        attend_chunks<Element>(cache, chunks, output, num_threads);
+    });
 }
 
 // `added` may be null.

@@ -116,6 +116,9 @@ INLINE void store(Float16* to, Floats values) {
 }
 INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where either is not a number
 INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+INLINE Floats where_at_most(Floats a, Floats b, Floats yes, Floats no) {  // yes where a <= b
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), no, yes);
+}
 INLINE Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE Floats times_power_of_two(Floats a, Floats power) { return _mm512_scalef_ps(a, power); }
 
@@ -179,6 +182,9 @@ INLINE void store(Float16* to, Floats values) {
 }
 INLINE Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+INLINE Floats where_at_most(Floats a, Floats b, Floats yes, Floats no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+}
 INLINE Floats nearest(Floats a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE Floats times_power_of_two(Floats a, Floats power) {
     return a * as_floats(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23));
