@@ -84,6 +84,7 @@ def build_model(shape: str, num_layers: int | None, dtype: torch.dtype) -> trans
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     model = model.to_empty(device="cpu").to(dtype)
+    model.tie_weights()  # to_empty gives a tied head memory of its own
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
