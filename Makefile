@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv serve test check format test-clients clean
+.PHONY: venv serve test check format test-clients peers bench bench-fast clean
 
 venv: $(VENV)/.ready
 
@@ -28,6 +28,22 @@ format: venv
 
 test-clients: venv
 	$(BIN)/python scripts/test_clients.py
+
+# The engines that we are compared with, each in a virtual environment below .peers; llama.cpp is compiled.
+peers: venv
+	$(BIN)/python benchmarks/peers/environments.py
+
+# Every figure of docs/performance.md: about half an hour on a machine that does nothing else.
+bench: venv
+	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/curves.py
+	$(BIN)/python benchmarks/report.py
+
+# The same in some minutes with fewer points, to see that it works; the page is written beside the figures.
+bench-fast: venv
+	$(BIN)/python benchmarks/compare.py --fast --json .benchmarks/fast/comparison.json
+	$(BIN)/python benchmarks/curves.py --fast --json .benchmarks/fast/curves.json
+	$(BIN)/python benchmarks/report.py --figures .benchmarks/fast --docs .benchmarks/fast
 
 clean:
 	rm -rf $(VENV) .clients .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,9 @@ from fastchat.models.stored_form import Quantization
 from fastchat.models.weights import load_model
 from fastchat.native.build import kernels
 
+WITHOUT_DRAFTS = {"speculation": False} if "speculation" in EngineConfig.__dataclass_fields__ else {}
+"""What a model of random numbers writes repeats itself, and drafts would guess it better than any real text."""
+
 
 class FastChat:
     """One engine, stepped by hand."""
@@ -32,13 +35,18 @@ class FastChat:
         model = load_model(checkpoint, dtype="bfloat16", quantization=quantization)
         make_lean(model)
         tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+        weight_bytes = sum(tensors.values())
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         cache_bytes = KVShape.of(model).bytes_per_token * flags.streams * flags.context
-        config = EngineConfig(max_context=flags.context, kv_cache_bytes=cache_bytes, max_running=flags.streams)
+        config = EngineConfig(
+            max_context=flags.context, kv_cache_bytes=cache_bytes, max_running=flags.streams, **WITHOUT_DRAFTS
+        )
         self._engine = Engine(model, config)
         self.facts = Facts(
             version=fastchat.__version__,
             settings=f"{self._engine.limits.dtype}, {'C++ kernels' if kernels() is not None else 'torch only'}",
-            weight_bytes=sum(tensors.values()),
+            weight_bytes=weight_bytes,
+            read_bytes=weight_bytes - (0 if embedding.data_ptr() == head.data_ptr() else embedding.nbytes),
             cache_bytes=cache_bytes,
             vocab_size=self._engine.limits.vocab_size,
         )

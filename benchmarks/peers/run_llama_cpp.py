@@ -47,10 +47,13 @@ class LlamaCpp:
             llama_cpp.llama_model_n_embd(model) // llama_cpp.llama_model_n_head(model)
         )
         token_bytes = 2 * llama_cpp.llama_model_n_layer(model) * row * CACHE_BYTES_PER_VALUE
+        features = llama_cpp.llama_print_system_info().decode().split(":", 1)[1].split("|")
         self.facts = Facts(
             version=f"llama-cpp-python {version('llama-cpp-python')}",
-            settings=f"{llama_cpp.llama_print_system_info().decode().strip()}; physical batch {settings.n_ubatch}",
+            settings=f"batches of {settings.n_ubatch}, built with "
+            + " ".join(feature.split("=")[0].strip() for feature in features if feature.strip()),
             weight_bytes=llama_cpp.llama_model_size(model),
+            read_bytes=llama_cpp.llama_model_size(model),
             cache_bytes=settings.n_ctx * token_bytes,
             vocab_size=vocab_size,
         )

@@ -34,10 +34,12 @@ class Transformers:
         config = model.config
         token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * 2
         token_bytes *= config.hidden_size // config.num_attention_heads
+        weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self.facts = Facts(
             version=transformers.__version__,
             settings=f"continuous batching, sdpa, pages of {PAGE_TOKENS}, {STEP_TOKENS} tokens per step",
-            weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+            weight_bytes=weight_bytes,
+            read_bytes=weight_bytes,
             cache_bytes=num_blocks * PAGE_TOKENS * token_bytes,
             vocab_size=config.vocab_size,
         )

@@ -38,6 +38,7 @@ class Vllm:
             f"preloaded {', '.join(path.rsplit('/', 1)[-1] for path in os.environ['LD_PRELOAD'].split(':'))}, "
             f"{'a compile cache was there' if is_compiled else 'compiled for this run'}",
             weight_bytes=0,
+            read_bytes=0,
             cache_bytes=int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) * 2**30,
             vocab_size=config.vocab_size,
         )

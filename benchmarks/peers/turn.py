@@ -29,6 +29,8 @@ class Facts:
     version: str
     settings: str
     weight_bytes: int
+    read_bytes: int
+    """Weights that a decode step reads: all but an embedding that is only looked up."""
     cache_bytes: int
     vocab_size: int
 
