@@ -17,8 +17,8 @@ from types import TracebackType
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNNING = re.compile(r"Uvicorn running on (https?)://(\S+):(\d+) ")
-START_LIMIT_S = 60.0
-STOP_LIMIT_S = 20.0
+START_LIMIT_S = 180.0
+STOP_LIMIT_S = 60.0
 
 
 class ServerProcess:

@@ -15,7 +15,7 @@ from tests.checkpoints import write_checkpoint
 from tests.processes import ServerProcess, free_port, start_command
 
 MODEL_NAME = "chatglm2-6b"
-READY_LIMIT_S = 60.0
+READY_LIMIT_S = 180.0
 
 
 @dataclass(frozen=True)
