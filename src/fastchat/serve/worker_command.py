@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 
 from fastchat.config import read_environment
@@ -31,6 +32,9 @@ def run_worker(process_name: str, arguments: argparse.Namespace, models: tuple[M
     from fastchat.worker.app import create_worker_app
     from fastchat.worker.life_cycle import WorkerRuntime
 
+    # Freeing a model takes a collection of all objects, during which nothing runs. What was imported stays anyway: left
+    # out, a collection takes milliseconds instead of a fifth of a second.
+    gc.freeze()
     app = create_worker_app(config, end_process=lambda: signal.raise_signal(signal.SIGTERM))
     runtime: WorkerRuntime = app.state.runtime
     exit_code = run_server(
