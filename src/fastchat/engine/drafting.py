@@ -1,8 +1,8 @@
 """Which tokens probably come next: what followed the last time that the sequence said the same. Torch-free.
 
-Prompt lookup (a draft from the sequence's own tokens): good for text that quotes, edits or lists. The engine computes a
-draft's tokens together with the sequence's next one and keeps those that its sampler chooses anyway, so a draft moves no
-token of the text, only the time at which it comes. A sequence whose drafts fail pauses for longer and longer.
+Prompt lookup (a draft from the sequence's own tokens): good for text that quotes, edits or lists. The engine computes
+a draft's tokens together with the sequence's next one and keeps those that its sampler chooses anyway, so a draft
+changes no token of the text, only when it comes. A sequence whose drafts fail pauses for longer and longer.
 """
 
 from __future__ import annotations
@@ -55,16 +55,27 @@ class DraftSource:
 
 
 class Drafter:
-    """The drafts of all sequences of one engine. `max_rows` are the rows of a decode step that cost what one costs."""
+    """The drafts of all sequences of one engine.
 
-    def __init__(self, max_rows: int) -> None:
+    `max_rows` is how many rows a decode step may have and still cost what one row costs; 1 means no drafts.
+    """
+
+    def __init__(self, max_rows: int, max_context: int) -> None:
         self._max_rows = max_rows
+        self._max_context = max_context
         self._sources: dict[str, DraftSource] = {}
+        self.num_drafted_tokens = 0
+        self.num_accepted_tokens = 0
 
-    def draft(self, sequence: Sequence, num_decoding: int, max_context: int) -> tuple[int, ...]:
-        """A draft for one of `num_decoding` sequences that share a step; no longer than the answer may still be."""
-        left = min(sequence.sampling.max_tokens - sequence.num_output_tokens, max_context - len(sequence.token_ids))
-        max_tokens = min(self._max_rows // num_decoding, left) - 1
+    def __repr__(self) -> str:
+        return f"<Drafter {self.num_accepted_tokens}/{self.num_drafted_tokens} accepted>"
+
+    def draft(self, sequence: Sequence, max_rows: int) -> tuple[int, ...]:
+        """A draft for a decoding sequence that may have `max_rows` rows; no longer than its answer may still be."""
+        left = min(
+            sequence.sampling.max_tokens - sequence.num_output_tokens, self._max_context - len(sequence.token_ids)
+        )
+        max_tokens = min(max_rows, left) - 1
         if max_tokens < 1:
             return ()
         source = self._sources.get(sequence.sequence_id)
@@ -72,8 +83,14 @@ class Drafter:
             source = self._sources[sequence.sequence_id] = DraftSource(sequence)
         return source.draft(max_tokens)
 
-    def note(self, sequence: Sequence, num_kept: int) -> None:
+    def rows_for_each(self, num_decoding: int, budget: int) -> int:
+        """The rows that each of the decoding sequences of a step may have, with `budget` rows to spare in all."""
+        return min(self._max_rows // num_decoding, 1 + budget // num_decoding)
+
+    def note(self, sequence: Sequence, num_drafted: int, num_kept: int) -> None:
         """Learn how much of a sequence's draft was kept."""
+        self.num_drafted_tokens += num_drafted
+        self.num_accepted_tokens += num_kept
         self._sources[sequence.sequence_id].note(num_kept)
 
     def forget(self, sequence: Sequence) -> None:

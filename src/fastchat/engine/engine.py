@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastchat.engine.client import EngineLimits
-from fastchat.engine.engine_config import EngineConfig, default_block_size, max_useful_blocks
+from fastchat.engine.drafting import Drafter
+from fastchat.engine.engine_config import EngineConfig, default_block_size, max_drafted_rows, max_useful_blocks
 from fastchat.engine.events import EngineStats, FinishReason, SequenceEvent, SequenceRequest, TokenLogprobs
 from fastchat.engine.kv_cache import BlockPool
 from fastchat.engine.model_runner import KVShape, ModelRunner, StepOutput
@@ -40,6 +42,10 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
             prefix_caching=config.prefix_caching,
+            drafter=Drafter(
+                max_rows=max_drafted_rows(model.device.type) if config.speculation else 1,
+                max_context=min(config.max_context, num_blocks * block_size),
+            ),
         )
         self._sequences: dict[str, Sequence] = {}
         self._hidden_sums: dict[str, Tensor] = {}
@@ -73,9 +79,8 @@ class Engine:
     def is_empty(self) -> bool:
         """Whether nothing is held: no sequence, no block, no sampling state."""
         pool = self._scheduler.pool
-        return not (self._sequences or self._hidden_sums or self._sampler.num_tracked) and (
-            pool.num_free_blocks == pool.num_blocks
-        )
+        num_tracked = self._sampler.num_tracked + self._scheduler.drafter.num_tracked
+        return not (self._sequences or self._hidden_sums or num_tracked) and pool.num_free_blocks == pool.num_blocks
 
     @property
     def progress(self) -> int:
@@ -97,6 +102,8 @@ class Engine:
             num_cached_tokens=self._counts.cached_tokens,
             num_generated_tokens=self._counts.generated_tokens,
             num_preemptions=self._scheduler.num_preemptions,
+            num_drafted_tokens=self._scheduler.drafter.num_drafted_tokens,
+            num_accepted_tokens=self._scheduler.drafter.num_accepted_tokens,
         )
 
     def add(self, request: SequenceRequest) -> None:
@@ -112,12 +119,13 @@ class Engine:
         sequence = self._sequences.get(sequence_id)
         return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
 
-    def step(self) -> list[SequenceEvent]:
+    def step(self, num_sharing: int = 1) -> list[SequenceEvent]:
         """Schedule, run, sample; one event for every sequence that got a token or ended.
 
+        `num_sharing` engines have work for the device; a step computes only its part of a prompt.
         Raises `torch.AcceleratorError`, after which the device computes nothing any more.
         """
-        batch = self._scheduler.schedule()
+        batch = self._scheduler.schedule(num_sharing)
         if not batch.scheduled:
             return []
         try:
@@ -138,10 +146,35 @@ class Engine:
             sampled=[] if output.last_hidden is None else self._sample(output.sampling, output.last_hidden),
         )
 
-    def _sample(self, sequences: list[Sequence], hidden_states: Tensor) -> list[SampledToken]:
-        sampled: list[SampledToken] = []
+    def _sample(self, items: list[ScheduledSequence], hidden_states: Tensor) -> list[list[SampledToken]]:
+        """The next tokens of each sequence: one, and where a draft held, those behind it."""
+        if any(item.draft for item in items):
+            parts = [logits for _, logits in self._runner.logits(hidden_states)]  # few rows: drafts are few
+            return self._verify(items, torch.cat(parts))
+        sampled: list[list[SampledToken]] = []
         for rows, logits in self._runner.logits(hidden_states):
-            sampled += self._sampler.sample(sequences[rows], logits)
+            sequences = [item.sequence for item in items[rows]]
+            sampled += [[token] for token in self._sampler.sample(sequences, logits)]
+        return sampled
+
+    def _verify(self, items: list[ScheduledSequence], logits: Tensor) -> list[list[SampledToken]]:
+        """Sample place after place as if there were no draft, for as long as the draft has foreseen what comes."""
+        first_rows = list(accumulate((item.num_rows for item in items), initial=0))
+        sampled: list[list[SampledToken]] = [[] for _ in items]
+        going_on = list(range(len(items)))
+        num_ahead = 0
+        while going_on:
+            rows = logits[[first_rows[index] + num_ahead for index in going_on]]
+            tokens = self._sampler.sample([items[index].sequence for index in going_on], rows, num_ahead)
+            foreseen = []
+            for index, token in zip(going_on, tokens, strict=True):
+                if token.token_id is not None or num_ahead == 0:  # what fails further on fails again as a first place
+                    sampled[index].append(token)
+                draft = items[index].draft
+                if num_ahead < len(draft) and draft[num_ahead] == token.token_id:
+                    foreseen.append(index)
+            going_on = foreseen
+            num_ahead += 1
         return sampled
 
     def _describe_prompt(self, item: ScheduledSequence, hidden_states: Tensor) -> list[TokenLogprobs]:
@@ -175,34 +208,49 @@ class Engine:
     def _postprocess(self, batch: ScheduledBatch, computed: _Computed) -> list[SequenceEvent]:
         """Take the step's results into the sequences."""
         self._counts.steps += 1
-        chosen = list(zip(computed.output.sampling, computed.sampled, strict=True))
-        failed = [sequence for sequence, token in chosen if token.token_id is None]
         for (item, _), entries in zip(computed.output.prompt_hidden, computed.prompt_logprobs, strict=True):
             _note_prompt_logprobs(item, entries)
         for item in batch.scheduled:
             if item.start == item.sequence.num_cached_tokens and item.sequence.num_preemptions == 0:
                 self._counts.prompt_tokens += item.sequence.num_prompt_tokens
                 self._counts.cached_tokens += item.start
-        self._scheduler.advance(batch, failed)
-        events = [self._append(sequence, token) for sequence, token in chosen]
+        chosen = [
+            (item.sequence, sampled, self._append(item.sequence, sampled))
+            for item, sampled in zip(computed.output.sampling, computed.sampled, strict=True)
+        ]
+        self._scheduler.advance(batch, failed=[sequence for sequence, sampled, _ in chosen if _has_failed(sampled)])
+        events = [self._report(*entry) for entry in chosen]
         return events + self._embed(batch, computed.output)
 
-    def _append(self, sequence: Sequence, sampled: SampledToken) -> SequenceEvent:
-        """Give a sequence its next token and say what came of it."""
-        if sampled.token_id is None:
-            return self._fail(sequence, "the model gave logits that are not numbers")
+    def _append(self, sequence: Sequence, sampled: list[SampledToken]) -> list[SampledToken]:
+        """Give a sequence its next tokens, up to the one that ends it; those that it took."""
+        taken: list[SampledToken] = []
         if sequence.num_output_tokens >= sequence.sampling.max_tokens:  # only its prompt was wanted
+            return taken
+        for token in sampled:
+            if token.token_id is None:
+                break
+            sequence.token_ids.append(token.token_id)
+            taken.append(token)
+            if sequence.finish_reason_after(self.limits.max_context) is not None:
+                break
+        self._counts.generated_tokens += len(taken)
+        return taken
+
+    def _report(self, sequence: Sequence, sampled: list[SampledToken], taken: list[SampledToken]) -> SequenceEvent:
+        """Say what a step gave a sequence, and end it if it has ended."""
+        if _has_failed(sampled):
+            return self._fail(sequence, "the model gave logits that are not numbers")
+        if not taken:
             return self._finish(sequence, FinishReason.LENGTH)
-        is_first = sequence.num_output_tokens == 0
-        sequence.token_ids.append(sampled.token_id)
-        self._counts.generated_tokens += 1
         reason = sequence.finish_reason_after(self.limits.max_context)
         if reason is not None:
             self._drop(sequence, reason)
+        is_first = sequence.num_output_tokens == len(taken)
         return SequenceEvent(
             sequence.sequence_id,
-            token_ids=(sampled.token_id,),
-            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
+            token_ids=tuple(token.token_id for token in taken if token.token_id is not None),
+            logprobs=tuple(token.logprobs for token in taken if token.logprobs is not None),
             finish_reason=reason,
             num_cached_tokens=sequence.num_cached_tokens or 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
@@ -261,7 +309,7 @@ class _Computed:
 
     output: StepOutput
     prompt_logprobs: list[list[TokenLogprobs]]
-    sampled: list[SampledToken]
+    sampled: list[list[SampledToken]]
 
 
 @dataclass(slots=True)
@@ -285,6 +333,10 @@ def _num_blocks(model: PreTrainedModel, config: EngineConfig, block_size: int) -
             f"({bytes_per_block} bytes); give it more memory"
         )
     return min(num_blocks, max_useful_blocks(config.max_context, config.max_running, block_size))
+
+
+def _has_failed(sampled: list[SampledToken]) -> bool:
+    return sampled[0].token_id is None
 
 
 def _note_prompt_logprobs(item: ScheduledSequence, entries: list[TokenLogprobs]) -> None:

@@ -16,7 +16,7 @@ class EngineConfig:
 
     `max_context` is the longest sequence in tokens, prompt and answer together; it shrinks to what `kv_cache_bytes`
     can hold. `block_size` None chooses by device. `max_batch_tokens` is the token budget of a step: larger computes
-    prompts faster, smaller lets answers flow more evenly.
+    prompts faster, smaller lets answers flow more evenly. `speculation` lets few sequences look ahead (`drafting.py`).
     """
 
     max_context: int
@@ -25,6 +25,7 @@ class EngineConfig:
     max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS
     max_running: int = DEFAULT_MAX_RUNNING
     prefix_caching: bool = True
+    speculation: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_context", "kv_cache_bytes", "max_batch_tokens", "max_running"):
@@ -35,6 +36,14 @@ class EngineConfig:
 def default_block_size(device_type: str) -> int:
     """Tokens in a block: CPU reads long runs, so its blocks are large."""
     return 16 if device_type == "cuda" else 128
+
+
+def max_drafted_rows(device_type: str) -> int:
+    """Rows of a decode step that cost what one costs: on a CPU a tile of the products, which read weights once for it.
+
+    1 is no drafts: on a GPU, nothing was measured.
+    """
+    return 6 if device_type == "cpu" else 1
 
 
 def max_logits_rows(device_type: str) -> int:

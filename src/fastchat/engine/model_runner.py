@@ -31,10 +31,10 @@ from fastchat.native import attention as native_attention
 class StepOutput:
     """What a forward pass gave. Hidden states are those that `ModelRunner.logits` takes."""
 
-    sampling: list[Sequence] = field(default_factory=list)
-    """The sequences whose next token can be sampled, in the order of `last_hidden`'s rows."""
+    sampling: list[ScheduledSequence] = field(default_factory=list)
+    """Those whose next token can be sampled, in the order of `last_hidden`'s rows."""
     last_hidden: Tensor | None = None
-    """# (len(sampling), hidden_size)"""
+    """For each its last token and then its draft. # (num_rows, hidden_size)"""
     prompt_hidden: list[tuple[ScheduledSequence, Tensor]] = field(default_factory=list)
     """For sequences that want their logits: a row for each place of the chunk. # (num_tokens, hidden_size)"""
     hidden_sums: list[tuple[Sequence, Tensor]] = field(default_factory=list)
@@ -78,7 +78,8 @@ class ModelRunner:
         for item in batch.scheduled:
             spans.append(self._span(item, query_start=len(token_ids)))
             token_ids += item.sequence.token_ids[item.start : item.end]
-            positions += range(item.start, item.end)
+            token_ids += item.draft
+            positions += range(item.start, item.end + len(item.draft))
             slot_numbers += self._slots(item)
         slots = torch.tensor(slot_numbers, device=self.device)
         step = AttentionStep(
@@ -100,7 +101,7 @@ class ModelRunner:
 
     def _collect(self, batch: ScheduledBatch, spans: list[SequenceSpan], hidden_states: Tensor) -> StepOutput:
         """Only the rows that somebody needs."""
-        sampling: list[Sequence] = []
+        sampling: list[ScheduledSequence] = []
         last_rows: list[int] = []
         prompt_hidden: list[tuple[ScheduledSequence, Tensor]] = []
         hidden_sums: list[tuple[Sequence, Tensor]] = []
@@ -112,8 +113,8 @@ class ModelRunner:
             if item.sequence.wants_prompt_logprobs:
                 prompt_hidden.append((item, hidden_states[rows]))
             if item.is_last_chunk:
-                sampling.append(item.sequence)
-                last_rows.append(rows.stop - 1)
+                sampling.append(item)
+                last_rows += range(rows.stop - 1 - len(item.draft), rows.stop)
         last_hidden = hidden_states[last_rows] if last_rows else None
         return StepOutput(sampling, last_hidden, prompt_hidden, hidden_sums)
 
@@ -127,12 +128,13 @@ class ModelRunner:
 
     def _span(self, item: ScheduledSequence, query_start: int) -> SequenceSpan:
         block_size = self._cache.block_size
-        block_ids = item.sequence.block_ids[: -(-item.end // block_size)]
+        context_length = item.end + len(item.draft)
+        block_ids = item.sequence.block_ids[: -(-context_length // block_size)]
         are_adjacent = block_ids == list(range(block_ids[0], block_ids[0] + len(block_ids)))
         return SequenceSpan(
             query_start=query_start,
-            num_queries=item.num_tokens,
-            context_length=item.end,
+            num_queries=item.num_rows,
+            context_length=context_length,
             block_ids=block_ids,
             first_slot=block_ids[0] * block_size if are_adjacent else None,
             block_index=None if are_adjacent else torch.tensor(block_ids, device=self.device),
@@ -141,7 +143,8 @@ class ModelRunner:
     def _slots(self, item: ScheduledSequence) -> list[int]:
         block_size = self._cache.block_size
         block_ids = item.sequence.block_ids
-        return [block_ids[i // block_size] * block_size + i % block_size for i in range(item.start, item.end)]
+        places = range(item.start, item.end + len(item.draft))
+        return [block_ids[i // block_size] * block_size + i % block_size for i in places]
 
     def _padded_blocks(self, spans: list[SequenceSpan]) -> Tensor | None:
         tables = [span.block_ids for span in spans if span.num_queries == 1]

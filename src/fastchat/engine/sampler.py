@@ -46,24 +46,27 @@ class Sampler:
         return len(self._token_counts)
 
     @torch.inference_mode()
-    def sample(self, sequences: Rows[Sequence], logits: Tensor) -> list[SampledToken]:
-        """One token for each sequence; logits float32 (len(sequences), vocab_size), which are left unchanged."""
+    def sample(self, sequences: Rows[Sequence], logits: Tensor, num_ahead: int = 0) -> list[SampledToken]:
+        """One token for each sequence; logits float32 (len(sequences), vocab_size), which are left unchanged.
+
+        With `num_ahead` it is the token so many places further on, behind those that were sampled just before.
+        """
         num_rows = max_sampled_rows(logits.device.type)
         starts = range(0, len(sequences), num_rows)
-        parts = (self._sample(sequences[at : at + num_rows], logits[at : at + num_rows]) for at in starts)
+        parts = (self._sample(sequences[at : at + num_rows], logits[at : at + num_rows], num_ahead) for at in starts)
         return [token for part in parts for token in part]
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept of a sequence that ended."""
         self._token_counts.pop(sequence.sequence_id, None)
 
-    def _sample(self, sequences: Rows[Sequence], logits: Tensor) -> list[SampledToken]:
+    def _sample(self, sequences: Rows[Sequence], logits: Tensor, num_ahead: int) -> list[SampledToken]:
         if logits.device.type == "mps":  # which lacks the float64 that sums over a vocabulary need
             logits = logits.cpu()
         is_sound = torch.isfinite(logits.amax(dim=-1)).tolist()
         wanted = [row for row, sequence in enumerate(sequences) if is_sound[row]]
         rows = logits if len(wanted) == len(sequences) else logits[wanted]
-        token_ids = self._choose([sequences[row] for row in wanted], rows)
+        token_ids = self._choose([sequences[row] for row in wanted], rows, num_ahead)
         sampled = [SampledToken(None)] * len(sequences)
         for row, token_id in zip(wanted, token_ids, strict=True):
             sequence = sequences[row]
@@ -74,24 +77,24 @@ class Sampler:
                 self._token_counts[sequence.sequence_id].output[token_id] += 1
         return sampled
 
-    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
+    def _choose(self, sequences: list[Sequence], logits: Tensor, num_ahead: int) -> list[int]:
         if not sequences:
             return []
-        adjusted = self._adjust(sequences, logits)
+        adjusted = self._adjust(sequences, logits, num_ahead)
         chosen: list[int] = adjusted.argmax(dim=-1).tolist()
         random_rows = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         if random_rows:
-            drawn = _draw([sequences[row] for row in random_rows], adjusted[random_rows])
+            drawn = _draw([sequences[row] for row in random_rows], adjusted[random_rows], num_ahead)
             for row, token_id in zip(random_rows, drawn, strict=True):
                 chosen[row] = token_id
         return chosen
 
-    def _adjust(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
+    def _adjust(self, sequences: list[Sequence], logits: Tensor, num_ahead: int) -> Tensor:
         """Bias, penalties and forbidden ids, for the rows that asked. Copies only if there are any."""
         edited: Tensor | None = None
         for row, sequence in enumerate(sequences):
             sampling = sequence.sampling
-            forbids_end = sequence.num_output_tokens < sampling.min_tokens and sampling.ending_token_ids
+            forbids_end = sequence.num_output_tokens + num_ahead < sampling.min_tokens and sampling.ending_token_ids
             if not (sampling.has_penalties or sampling.logit_bias or forbids_end):
                 continue
             if edited is None:
@@ -167,7 +170,7 @@ def _mix(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def _draw(sequences: list[Sequence], logits: Tensor) -> list[int]:
+def _draw(sequences: list[Sequence], logits: Tensor, num_ahead: int) -> list[int]:
     """Temperature, cut-offs, then one draw per row. logits (len(sequences), vocab_size)."""
     params = [sequence.sampling for sequence in sequences]
     temperatures = torch.tensor([sampling.temperature for sampling in params], device=logits.device)
@@ -175,7 +178,7 @@ def _draw(sequences: list[Sequence], logits: Tensor) -> list[int]:
     for row, sampling in enumerate(params):
         if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0:
             weights[row] *= weights[row] >= _smallest_kept(weights[row], sampling)
-    units = [random_unit(s.sampling.seed, s.sampling.choice, s.num_output_tokens) for s in sequences]
+    units = [random_unit(s.sampling.seed, s.sampling.choice, s.num_output_tokens + num_ahead) for s in sequences]
     cumulative = weights.double().cumsum(dim=-1)
     targets = torch.tensor(units, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
     drawn = torch.searchsorted(cumulative, targets.unsqueeze(1), right=True).squeeze(1)

@@ -8,8 +8,9 @@ own back and is computed again later (preemption by recompute, as in vLLM).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fastchat.engine.drafting import Drafter
 from fastchat.engine.events import FinishReason
 from fastchat.engine.kv_cache import BlockPool, extend_block_hashes
 from fastchat.engine.sequence import Sequence, SequenceState
@@ -18,21 +19,27 @@ from fastchat.engine.waiting_queue import WaitingQueue
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Tokens [start, start + num_tokens) of a sequence are computed in this step."""
+    """Tokens [start, start + num_tokens) of a sequence are computed in this step, and behind them its draft."""
 
     sequence: Sequence
     start: int
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
-        """One past the last token computed in this step."""
+        """One past the last of the sequence's own tokens that are computed in this step."""
         return self.start + self.num_tokens
 
     @property
     def is_last_chunk(self) -> bool:
         """Whether the step reaches the sequence's end, so that its next token can be sampled."""
         return self.end == len(self.sequence.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the forward pass."""
+        return self.num_tokens + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,7 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens of the step's forward pass."""
-        return sum(item.num_tokens for item in self.scheduled)
+        return sum(item.num_rows for item in self.scheduled)
 
 
 class Scheduler:
@@ -58,6 +65,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_running: int,
         prefix_caching: bool = True,
+        drafter: Drafter | None = None,
     ) -> None:
         self.pool = pool
         self.queue = queue
@@ -66,6 +74,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
         self._prefix_caching = prefix_caching
+        self.drafter = drafter or Drafter(max_rows=1, max_context=1)
 
     def __repr__(self) -> str:
         return f"<Scheduler running {len(self.running)} waiting {len(self.queue)} {self.pool!r}>"
@@ -84,11 +93,14 @@ class Scheduler:
         """Put a new sequence into the waiting queue."""
         self.queue.push(sequence)
 
-    def schedule(self) -> ScheduledBatch:
-        """Choose the next step's tokens; takes blocks for them, preempts and admits as needed."""
-        budget = self._max_batch_tokens
+    def schedule(self, num_sharing: int = 1) -> ScheduledBatch:
+        """Choose the next step's tokens; takes blocks for them, preempts and admits as needed.
+
+        Where `num_sharing` engines take turns, prompts get a part of the budget only; decoding sequences all run.
+        """
         scheduled: list[ScheduledSequence] = []
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        budget = min(self._max_batch_tokens, len(decoding) + max(1, self._max_batch_tokens // num_sharing))
         prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
         for sequence in decoding + prefilling:
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
@@ -97,14 +109,23 @@ class Scheduler:
             if self._make_room(sequence, num_tokens, scheduled):
                 scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens))
                 budget -= num_tokens
-        self._admit(scheduled, budget)
+        budget = self._admit(scheduled, budget)
+        if budget > 0 and scheduled and all(item.sequence.is_decoding for item in scheduled):
+            scheduled = self._add_drafts(scheduled, budget)
         return ScheduledBatch(tuple(scheduled))
 
     def advance(self, batch: ScheduledBatch, failed: Iterable[Sequence] = ()) -> None:
-        """Note that a step was computed; full blocks become known to the prefix cache, but not those of `failed`."""
+        """Note that a step was computed; full blocks become known to the prefix cache, but not those of `failed`.
+
+        Sequences have their new tokens already; what was kept of a draft is computed too, the rest was never there.
+        """
         excluded = {id(sequence) for sequence in failed}
         for item in batch.scheduled:
             item.sequence.num_computed_tokens = item.end
+            if item.draft:
+                item.sequence.num_computed_tokens = max(item.end, len(item.sequence.token_ids) - 1)
+                num_kept = item.sequence.num_computed_tokens - item.end
+                self.drafter.note(item.sequence, len(item.draft), num_kept)
             if self._prefix_caching and id(item.sequence) not in excluded:
                 self._publish_full_blocks(item)
 
@@ -117,6 +138,7 @@ class Scheduler:
             self._release(sequence)
         else:
             return
+        self.drafter.forget(sequence)
         sequence.state = SequenceState.FINISHED
         sequence.finish_reason = reason
 
@@ -141,8 +163,22 @@ class Scheduler:
         self.num_preemptions += 1
         self.queue.push(sequence)
 
-    def _admit(self, scheduled: list[ScheduledSequence], budget: int) -> None:
-        """Start waiting sequences while budget, places and blocks for their whole content last.
+    def _add_drafts(self, scheduled: list[ScheduledSequence], budget: int) -> list[ScheduledSequence]:
+        """Let decoding sequences look ahead where that is free: few of them, and blocks that nobody must give up."""
+        max_rows = self.drafter.rows_for_each(len(scheduled), budget)
+        if max_rows < 2:
+            return scheduled
+        drafted = []
+        for item in scheduled:
+            draft = self.drafter.draft(item.sequence, max_rows)
+            num_missing = self._num_missing_blocks(item.sequence, item.end + len(draft))
+            has_room = num_missing <= self.pool.num_free_blocks
+            self._grow(item.sequence, num_missing if has_room else 0)
+            drafted.append(replace(item, draft=draft if has_room else ()))
+        return drafted
+
+    def _admit(self, scheduled: list[ScheduledSequence], budget: int) -> int:
+        """Start waiting sequences while budget, places and blocks for their whole content last; the budget left.
 
         A block for each running sequence stays free: who took the last ones would be preempted by the others' next
         tokens, and its prompt would have been computed for nothing.
@@ -150,18 +186,19 @@ class Scheduler:
         while budget > 0 and len(self.running) < self._max_running:
             sequence = self.queue.peek()
             if sequence is None:
-                return
+                break
             prefix = self._find_prefix(sequence)
             num_missing = self._num_missing_blocks(sequence, len(sequence.token_ids)) - len(prefix)
             num_taken = num_missing + self.pool.num_free_among(prefix)
             if num_taken + len(self.running) > self.pool.num_free_blocks:
-                return
+                break
             self.queue.pop()
             self._start(sequence, prefix)
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             self._grow(sequence, self._num_missing_blocks(sequence, sequence.num_computed_tokens + num_tokens))
             scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens))
             budget -= num_tokens
+        return budget
 
     def _start(self, sequence: Sequence, prefix: list[int]) -> None:
         self.pool.take(prefix)
@@ -182,7 +219,7 @@ class Scheduler:
 
     def _publish_full_blocks(self, item: ScheduledSequence) -> None:
         block_size = self.pool.block_size
-        first, last = item.start // block_size, item.end // block_size
+        first, last = item.start // block_size, item.sequence.num_computed_tokens // block_size
         if first == last:
             return
         self._extend_hashes(item.sequence)

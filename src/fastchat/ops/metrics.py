@@ -40,7 +40,7 @@ class RequestFinished:
 
 @dataclass(frozen=True, slots=True)
 class EngineCondition:
-    """An engine's condition now. `kv_cache_usage` is the share of blocks in use, 0 to 1; the last two only grow."""
+    """An engine's condition now. `kv_cache_usage` is the share of blocks in use, 0 to 1; the last four only grow."""
 
     model: str
     num_running: int
@@ -49,6 +49,8 @@ class EngineCondition:
     kv_cache_usage: float
     num_preemptions: int
     num_steps: int
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,10 @@ class WorkerMetrics(_ProcessMetrics):
         self._kv_cache = self._gauge("fastchat_kv_cache_usage_perc", "KV cache blocks in use, 1 is all", _MODEL)
         self._preemptions = self._counter("fastchat_num_preemptions_total", "Preempted sequences", _MODEL)
         self._steps = self._counter("fastchat_num_engine_steps_total", "Forward passes", _MODEL)
+        self._drafted = self._counter("fastchat_spec_decode_num_draft_tokens_total", "Tokens looked ahead for", _MODEL)
+        self._accepted = self._counter(
+            "fastchat_spec_decode_num_accepted_tokens_total", "Tokens looked ahead for that came", _MODEL
+        )
         self._counted: dict[str, EngineCondition] = {}
         self._prompt = self._counter("fastchat_prompt_tokens_total", "Prompt tokens of ended requests", _MODEL)
         self._queried = self._counter("fastchat_prefix_cache_queries_total", "Prompt tokens looked up", _MODEL)
@@ -150,6 +156,9 @@ class WorkerMetrics(_ProcessMetrics):
         before = self._counted.get(model)
         self._preemptions.labels(model).inc(max(0, fact.num_preemptions - (before.num_preemptions if before else 0)))
         self._steps.labels(model).inc(max(0, fact.num_steps - (before.num_steps if before else 0)))
+        drafted, accepted = (before.num_drafted_tokens, before.num_accepted_tokens) if before else (0, 0)
+        self._drafted.labels(model).inc(max(0, fact.num_drafted_tokens - drafted))
+        self._accepted.labels(model).inc(max(0, fact.num_accepted_tokens - accepted))
         self._counted[model] = fact
 
 

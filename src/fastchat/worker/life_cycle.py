@@ -128,6 +128,8 @@ class WorkerRuntime:
                     kv_cache_usage=1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0,
                     num_preemptions=stats.num_preemptions,
                     num_steps=stats.num_steps,
+                    num_drafted_tokens=stats.num_drafted_tokens,
+                    num_accepted_tokens=stats.num_accepted_tokens,
                 )
             )
         return self.metrics.render()

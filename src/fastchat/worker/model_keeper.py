@@ -21,7 +21,16 @@ from fastchat.engine.events import EngineStats
 from fastchat.errors import EngineError, FastChatError
 from fastchat.worker.residency import Action, Load, Place, Residency, Ticket
 
-_TOTALS = ("num_steps", "progress", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens", "num_preemptions")
+_TOTALS = (
+    "num_steps",
+    "progress",
+    "num_prompt_tokens",
+    "num_cached_tokens",
+    "num_generated_tokens",
+    "num_preemptions",
+    "num_drafted_tokens",
+    "num_accepted_tokens",
+)
 
 _log = structlog.stdlib.get_logger(__name__)
 
