@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fastchat.engine.engine import Engine
 from fastchat.engine.events import EngineStats, SequenceEvent, SequenceRequest
+from fastchat.engine.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +30,40 @@ Command = SequenceRequest | Abort | Stop
 
 
 class EngineLoop:
-    """Commands may be put into `inbox` from any thread; `emit` is called on the loop's thread."""
+    """Commands may be put into `inbox` from any thread; `emit` is called on the loop's thread.
 
-    def __init__(self, engine: Engine, emit: Callable[[list[SequenceEvent], EngineStats], None]) -> None:
+    Engines of one process that share a device share `turns`.
+    """
+
+    def __init__(
+        self, engine: Engine, emit: Callable[[list[SequenceEvent], EngineStats], None], turns: Turns | None = None
+    ) -> None:
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._engine = engine
         self._emit = emit
+        self._turns = turns or Turns()
         self._has_stopped = False
 
     def run(self) -> None:
         """Step until `Stop`. Sleeps while there is nothing to compute."""
-        while not self._has_stopped:
-            events = self._take_commands()
-            if not self._has_stopped and self._engine.has_work:
-                events += self._engine.step()
-            self._emit(events, self._engine.stats)
+        try:
+            while not self._has_stopped:
+                events = self._take_commands()
+                if not self._has_stopped:
+                    events += self._step()
+                self._emit(events, self._engine.stats)
+        finally:
+            self._turns.note_work(self, has_work=False)
+
+    def _step(self) -> list[SequenceEvent]:
+        """A step in turn, if there is anything to compute."""
+        self._turns.note_work(self, has_work=self._engine.has_work)
+        if not self._engine.has_work:
+            return []
+        with self._turns.turn():
+            events = self._engine.step(num_sharing=self._turns.num_busy)
+        self._turns.note_work(self, has_work=self._engine.has_work)
+        return events
 
     def _take_commands(self) -> list[SequenceEvent]:
         """Obey all commands that wait; wait for one if there is no work."""

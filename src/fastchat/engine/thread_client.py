@@ -13,18 +13,28 @@ from fastchat.engine.client import CLOSE_TIMEOUT_S, ENGINE_THREAD_NAME, EngineCl
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_loop import Abort, EngineLoop, Stop
 from fastchat.engine.events import EngineStats, SequenceEvent, SequenceRequest
+from fastchat.engine.turns import Turns
 from fastchat.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
 
 class ThreadEngineClient(EngineClient):
-    """Makes the engine on its thread, runs it there, and crosses into the event loop once per step."""
+    """Makes the engine on its thread, runs it there, and crosses into the event loop once per step.
+
+    Engines that share a device share `turns`.
+    """
 
     def __init__(
-        self, make_engine: Callable[[], Engine], *, name: str = "", close_timeout_s: float = CLOSE_TIMEOUT_S
+        self,
+        make_engine: Callable[[], Engine],
+        *,
+        name: str = "",
+        close_timeout_s: float = CLOSE_TIMEOUT_S,
+        turns: Turns | None = None,
     ) -> None:
         super().__init__()
+        self._turns = turns
         self._make_engine = make_engine
         self._close_timeout_s = close_timeout_s
         self._is_closing = threading.Event()
@@ -78,7 +88,7 @@ class ThreadEngineClient(EngineClient):
             self._cross(self._refuse_start, error)
             return
         self.limits = engine.limits
-        self._engine, self._engine_loop = engine, EngineLoop(engine, self._emit)
+        self._engine, self._engine_loop = engine, EngineLoop(engine, self._emit, self._turns)
         failure = EngineError("the engine was closed")
         if self._is_closing.is_set():  # `close` came while the model was loading, and did not wait
             self._cross(self._refuse_start, failure)

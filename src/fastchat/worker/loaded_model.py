@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from fastchat.api.served_model import ServedModel
 from fastchat.engine.client import EngineClient
 from fastchat.engine.process_client import ProcessEngineClient
 from fastchat.engine.thread_client import ThreadEngineClient
+from fastchat.engine.turns import Turns
 from fastchat.errors import ConfigError
 from fastchat.models.chat_template import load_chat_format
 from fastchat.models.checkpoint import Checkpoint
@@ -87,7 +89,10 @@ def open_models(config: WorkerConfig, *, on_demand: bool = False) -> OpenedModel
     names = [spec.names or (checkpoint.name,) for spec, checkpoint in zip(config.models, checkpoints, strict=True)]
     _check_names(names)
     plan = plan_or_refuse(list(zip((each[0] for each in names), checkpoints, strict=True)), config.engine)
-    makers = [partial(_make_client, config.engine, EnginePlan.of(share)) for share in plan.shares]
+    turns: defaultdict[str, Turns] = defaultdict(Turns)  # by device
+    makers = [
+        partial(_make_client, config.engine, EnginePlan.of(share), turns[share.needs.device]) for share in plan.shares
+    ]
     keeper = None
     if on_demand:
         pinned = _first_names(config.pinned, names)
@@ -131,10 +136,10 @@ def _log_share(share: ModelShare) -> None:
     )
 
 
-def _make_client(engine: EngineSpec, plan: EnginePlan) -> EngineClient:
+def _make_client(engine: EngineSpec, plan: EnginePlan, turns: Turns) -> EngineClient:
     if engine.has_engine_process(plan.device):
         return ProcessEngineClient(engine_command(plan))
-    client = ThreadEngineClient(lambda: make_engine(plan, tell), name=Path(plan.path).name)
+    client = ThreadEngineClient(lambda: make_engine(plan, tell), name=Path(plan.path).name, turns=turns)
 
     def tell(progress: float) -> None:
         client.load_progress = progress

@@ -1,0 +1,79 @@
+"""Engines of one process share a device step by step."""
+
+import threading
+from itertools import groupby
+
+import pytest
+
+from fastchat.engine.engine_loop import EngineLoop, Stop
+from fastchat.engine.events import SequenceRequest
+from fastchat.engine.sampling_params import SamplingParams
+from fastchat.engine.turns import Turns
+from tests.engine.conftest import make_engine
+from tests.engine.tiny_models import make_model
+
+
+def greedy(name: str, num_prompt_tokens: int, max_tokens: int) -> SequenceRequest:
+    return SequenceRequest(
+        name, tuple(range(3, 3 + num_prompt_tokens)), SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    )
+
+
+def test_a_long_prompt_holds_up_another_model_for_one_step_at_a_time():
+    """While one engine computes a prompt of many steps, every second step is the other's."""
+    turns, order = Turns(), []
+    loops = {}
+    for name, request in (("prompt", greedy("prompt", 400, 1)), ("answer", greedy("answer", 3, 40))):
+        engine = make_engine(make_model("glm"), max_batch_tokens=16, max_context=500, speculation=False)
+
+        def emit(events, stats, name=name):
+            order.append(name)
+            if any(event.finish_reason is not None for event in events):
+                loops[name].inbox.put(Stop())
+
+        loops[name] = EngineLoop(engine, emit, turns)
+        loops[name].inbox.put(request)
+    threads = [threading.Thread(target=loop.run) for loop in loops.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    last_together = min(len(order) - 1 - order[::-1].index(name) for name in loops)
+    first_together = max(order.index(name) for name in loops)
+    together = order[first_together:last_together]
+    # What a step gave is told after the turn was passed on, so two of one engine may be told in a row.
+    assert max(len(list(run)) for _, run in groupby(together)) <= 2
+    assert len(together) > 40
+    assert turns.num_busy == 0
+
+
+def test_others_share_the_tokens_of_a_step(glm):
+    """With two engines at work each step computes half as much of a prompt; decoding sequences all run."""
+    engine = make_engine(glm, max_batch_tokens=32)
+    for index in range(12):
+        engine.add(greedy(f"{index}", 1, 8))
+    assert len(engine.step()) == 12
+    engine.add(greedy("prompt", 40, 1))
+    assert len(engine.step(num_sharing=2)) == 12
+    assert engine.stats.num_queued_tokens == 12 + 40 - 16
+    assert len(engine.step()) == 12
+    assert engine.stats.num_queued_tokens == 12 + 40 - 16 - 20
+
+
+def test_a_step_that_raises_passes_the_turn_on():
+    """A model that breaks leaves the others computing."""
+    turns = Turns()
+    with pytest.raises(ZeroDivisionError), turns.turn():
+        raise ZeroDivisionError
+    taken = threading.Event()
+
+    def take():
+        with turns.turn():
+            taken.set()
+
+    with turns.turn():
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert not taken.is_set()
+    thread.join(60)
+    assert taken.is_set()
