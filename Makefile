@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv serve test check format test-clients peers bench bench-fast clean
+.PHONY: venv serve test check format test-clients peers bench bench-fast bench-6b clean
 
 venv: $(VENV)/.ready
 
@@ -39,7 +39,15 @@ bench: venv
 	$(BIN)/python benchmarks/curves.py
 	$(BIN)/python benchmarks/report.py
 
-# The same in some minutes with fewer points, to see that it works; the page is written beside the figures.
+# ChatGLM2-6B's real shape, for the same page: 13 GB on disk in .peers, 15 GB of memory.
+bench-6b: venv
+	test -d .peers/models/chatglm2-6b || $(BIN)/python benchmarks/make_checkpoint.py .peers/models/chatglm2-6b
+	$(BIN)/python benchmarks/real_shape.py .peers/models/chatglm2-6b --json .benchmarks/real-shape-1.json
+	$(BIN)/python benchmarks/real_shape.py .peers/models/chatglm2-6b --quantize int8 --json .benchmarks/real-shape-2.json
+	$(BIN)/python benchmarks/real_shape.py .peers/models/chatglm2-6b --quantize int4 --json .benchmarks/real-shape-3.json
+	$(BIN)/python benchmarks/report.py
+
+# All but the large model in some minutes, with fewer points, to see that it works; the page is written beside the figures.
 bench-fast: venv
 	$(BIN)/python benchmarks/compare.py --fast --json .benchmarks/fast/comparison.json
 	$(BIN)/python benchmarks/curves.py --fast --json .benchmarks/fast/curves.json

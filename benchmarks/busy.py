@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 import torch  # noqa: E402 - the line above makes `benchmarks` known
 
+from benchmarks.engine import WITHOUT_DRAFTS  # noqa: E402
 from benchmarks.peers.turn import random_prompts  # noqa: E402
 from fastchat.engine.client import EngineClient  # noqa: E402
 from fastchat.engine.engine import Engine  # noqa: E402
@@ -43,8 +44,6 @@ STREAMS = 8
 PROMPT_TOKENS = 64
 ABORT_EVERY = 5
 CONTEXT = 512
-WITHOUT_DRAFTS = {"speculation": False} if "speculation" in EngineConfig.__dataclass_fields__ else {}
-"""What a model of random numbers writes repeats itself, and drafts would guess it better than any real text."""
 
 _seeds = count(1)
 

@@ -66,7 +66,7 @@ def our_entry(weights: str, model: Path, flags: argparse.Namespace) -> Entry:
     """Our engine with the interpreter that runs this."""
     variables = {
         "OMP_NUM_THREADS": str(flags.threads),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     return Entry(OURS, weights, _command(Path(sys.executable), "run_fastchat.py", weights, model, flags), variables)
 

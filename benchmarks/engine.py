@@ -31,6 +31,9 @@ from fastchat.engine.events import SequenceRequest
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.lean import make_lean
 
+WITHOUT_DRAFTS = {"speculation": False} if "speculation" in EngineConfig.__dataclass_fields__ else {}
+"""What a model of random numbers writes repeats itself, and drafts would guess it better than any real text."""
+
 SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2-0.5b": (
         "Qwen2",

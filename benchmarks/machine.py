@@ -41,7 +41,6 @@ class Machine:
 def measure_machine(threads: int) -> Machine:
     """About five seconds."""
     torch.set_num_threads(threads)
-    numbers = torch.ones(READ_BYTES // 4)
     square = torch.ones(SIDE, SIDE, dtype=torch.bfloat16)
     whole = torch.ones(SIDE, SIDE, dtype=torch.int8)
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
@@ -51,12 +50,18 @@ def measure_machine(threads: int) -> Machine:
         memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         instruction_sets=", ".join(name for flag, name in INSTRUCTION_SETS.items() if flag in flags),
         torch=torch.__version__,
-        read_gb_per_s=READ_BYTES / 1e9 / seconds_of(numbers.sum),
+        read_gb_per_s=read_rate(),
         bfloat16_gflop_per_s=2 * SIDE**3 / 1e9 / seconds_of(lambda: square @ square),
         # torch's public products of whole numbers do not use the CPU's instructions for them; this one does.
         int8_gop_per_s=2 * SIDE**3 / 1e9 / seconds_of(lambda: torch._int_mm(whole, whole)),  # noqa: SLF001
         load_average=os.getloadavg()[0],
     )
+
+
+def read_rate() -> float:
+    """GB/s at which torch adds up memory."""
+    numbers = torch.ones(READ_BYTES // 4)
+    return READ_BYTES / 1e9 / seconds_of(numbers.sum)
 
 
 def seconds_of(call: Callable[[], object]) -> float:

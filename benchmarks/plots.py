@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 760, 430
-LEFT, RIGHT, TOP, BOTTOM = 70, 190, 40, 50
+WIDTH, HEIGHT = 800, 430
+LEFT, RIGHT, TOP, BOTTOM = 70, 230, 40, 50
 COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#00798c", "#8d6346", "#5c6b73")
 NUM_TICKS = 5
 

@@ -150,6 +150,40 @@ def memory_section(comparison: Figures) -> Iterator[str]:
     yield table(["engine", "weights, MB", "KV cache, MB", "peak, MB", "goal", "first token after, s (goal 10)"], rows)
 
 
+def real_shape_section(runs: Sequence[Figures]) -> Iterator[str]:
+    """One model of real size (`real_shape.py`)."""
+    yield "## ChatGLM2-6B's shape\n"
+    yield (
+        "Random numbers in the original layout. Limit: the rate at which this machine reads memory over the bytes of "
+        "weights that a token needs; goals for one stream are 0.8 of it in bfloat16 and 0.65 in int8 and int4, and "
+        "0.8 of the speed of reading for loading what need not be converted.\n"
+    )
+    rows = []
+    for run in runs:
+        limit = run["machine_read_gb_per_s"] * 1e9 / run["read_bytes"]
+        rows.append(
+            [
+                run["weights"] + (", cold files" if run["is_cold"] else ""),
+                f"{run['loading_s']:.1f} ({run['reading_s'] / run['loading_s']:.2f})",
+                f"{run['held_bytes'] / 1e9:.2f}",
+                f"{max(run['peak_bytes'], run['loading_peak_bytes']) / 1e9:.2f}",
+                f"{run['one_tokens_per_s']:.2f}",
+                f"{run['one_tokens_per_s'] / limit:.2f}",
+                f"{run['eight_tokens_per_s']:.1f}",
+                f"{128 / run['one_first_token_s']:.1f}",
+            ]
+        )
+    head = [
+        "weights",
+        "loading, s (of reading's speed)",
+        "weights, GB",
+        "peak, GB",
+        "1 stream, tokens/s",
+        "of the limit",
+    ]
+    yield table([*head, "8 streams, tokens/s", "prefill, tokens/s"], rows)
+
+
 def curves_section(curves: Figures) -> Iterator[str]:
     """Our engine alone, over the whole range."""
     yield "## Curves\n"
@@ -284,13 +318,15 @@ def _line(medians: Medians, name: str, metric: str) -> list[tuple[float, float]]
     return [(streams, figures[metric]) for (each, streams), figures in medians.items() if each == name]
 
 
-def page(comparison: Figures, curves: Figures | None) -> str:
+def page(comparison: Figures, curves: Figures | None, real_shapes: Sequence[Figures] = ()) -> str:
     """The whole document."""
     medians = medians_of(comparison["turns"], "contestant")
     parts = [HEAD, *machine_section(comparison), *goals_section(medians), *figures_section(medians)]
     parts += memory_section(comparison)
     if curves is not None:
         parts += curves_section(curves)
+    if real_shapes:
+        parts += real_shape_section(real_shapes)
     return "\n".join(parts)
 
 
@@ -307,7 +343,8 @@ def main() -> None:
         (flags.docs / "images").mkdir(parents=True, exist_ok=True)
         for name, text in plots(comparison, curves).items():
             (flags.docs / "images" / name).write_text(text)
-    text = page(comparison, curves)
+    real_shapes = [json.loads(file.read_text()) for file in sorted(flags.figures.glob("real-shape-*.json"))]
+    text = page(comparison, curves, real_shapes)
     (flags.docs / "performance.md").write_text(text)
     print(text)
 

@@ -10,6 +10,7 @@ import torch
 from turn import Facts, serve
 
 import fastchat
+from benchmarks.engine import WITHOUT_DRAFTS
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_config import EngineConfig
 from fastchat.engine.events import SequenceRequest
@@ -20,9 +21,6 @@ from fastchat.models.lean import make_lean
 from fastchat.models.stored_form import Quantization
 from fastchat.models.weights import load_model
 from fastchat.native.build import kernels
-
-WITHOUT_DRAFTS = {"speculation": False} if "speculation" in EngineConfig.__dataclass_fields__ else {}
-"""What a model of random numbers writes repeats itself, and drafts would guess it better than any real text."""
 
 
 class FastChat:
