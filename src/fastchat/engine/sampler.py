@@ -6,6 +6,7 @@ order: nothing else in the process moves it, so a seeded text is the same alone,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from fastchat.engine.sampling_params import SamplingParams
 from fastchat.engine.sequence import Sequence
 
 _MASK_64 = (1 << 64) - 1
-_NUM_CANDIDATES = 1024
-"""Cut-offs look at this many of the most probable tokens first; sorting a whole vocabulary costs ten times as much."""
+_NUM_CANDIDATES = (64, 1024)
+"""Cut-offs look at so many of the most probable tokens first; sorting a whole vocabulary costs twenty times as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,13 @@ class Sampler:
     def _sample(self, sequences: Rows[Sequence], logits: Tensor, num_ahead: int) -> list[SampledToken]:
         if logits.device.type == "mps":  # which lacks the float64 that sums over a vocabulary need
             logits = logits.cpu()
-        is_sound = torch.isfinite(logits.amax(dim=-1)).tolist()
-        wanted = [row for row, sequence in enumerate(sequences) if is_sound[row]]
-        rows = logits if len(wanted) == len(sequences) else logits[wanted]
-        token_ids = self._choose([sequences[row] for row in wanted], rows, num_ahead)
+        largest, most_probable = logits.max(dim=-1)
+        wanted = [row for row, value in enumerate(largest.tolist()) if math.isfinite(value)]
+        if len(wanted) == len(sequences):
+            token_ids = self._choose(list(sequences), logits, most_probable, num_ahead)
+        else:
+            sound = [sequences[row] for row in wanted]
+            token_ids = self._choose(sound, logits[wanted], most_probable[wanted], num_ahead)
         sampled = [SampledToken(None)] * len(sequences)
         for row, token_id in zip(wanted, token_ids, strict=True):
             sequence = sequences[row]
@@ -77,11 +81,11 @@ class Sampler:
                 self._token_counts[sequence.sequence_id].output[token_id] += 1
         return sampled
 
-    def _choose(self, sequences: list[Sequence], logits: Tensor, num_ahead: int) -> list[int]:
+    def _choose(self, sequences: list[Sequence], logits: Tensor, most_probable: Tensor, num_ahead: int) -> list[int]:
         if not sequences:
             return []
         adjusted = self._adjust(sequences, logits, num_ahead)
-        chosen: list[int] = adjusted.argmax(dim=-1).tolist()
+        chosen: list[int] = (most_probable if adjusted is logits else adjusted.argmax(dim=-1)).tolist()
         random_rows = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         if random_rows:
             drawn = _draw([sequences[row] for row in random_rows], adjusted[random_rows], num_ahead)
@@ -175,30 +179,51 @@ def _draw(sequences: list[Sequence], logits: Tensor, num_ahead: int) -> list[int
     params = [sequence.sampling for sequence in sequences]
     temperatures = torch.tensor([sampling.temperature for sampling in params], device=logits.device)
     weights = (logits / temperatures.unsqueeze(1)).softmax(dim=-1)
-    for row, sampling in enumerate(params):
-        if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0:
-            weights[row] *= weights[row] >= _smallest_kept(weights[row], sampling)
     units = [random_unit(s.sampling.seed, s.sampling.choice, s.num_output_tokens + num_ahead) for s in sequences]
-    cumulative = weights.double().cumsum(dim=-1)
-    targets = torch.tensor(units, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
-    drawn = torch.searchsorted(cumulative, targets.unsqueeze(1), right=True).squeeze(1)
-    return [int(token_id) for token_id in drawn.clamp_(max=logits.shape[1] - 1).tolist()]
+    return [
+        _draw_among_likely(row, sampling, unit) if _cuts_off(sampling) else _draw_place(row, unit)
+        for row, sampling, unit in zip(weights, params, units, strict=True)
+    ]
 
 
-def _smallest_kept(weights: Tensor, sampling: SamplingParams) -> Tensor:
-    """The weight below which a token is cut off by top_k, then top_p of the rest, then min_p. weights (vocab_size,)."""
-    num_candidates = min(max(_NUM_CANDIDATES, sampling.top_k), weights.shape[0])
-    candidates = weights.topk(num_candidates).values  # falling
-    mass = 1.0
+def _cuts_off(sampling: SamplingParams) -> bool:
+    return bool(sampling.top_k) or sampling.top_p < 1.0 or sampling.min_p > 0.0
+
+
+def _draw_place(weights: Tensor, unit: float) -> int:
+    """The place that `unit` of the whole weight falls on. weights (N,)."""
+    cumulative = weights.double().cumsum(dim=0)
+    place = torch.searchsorted(cumulative, unit * cumulative[-1], right=True)
+    return min(int(place), len(weights) - 1)
+
+
+def _draw_among_likely(weights: Tensor, sampling: SamplingParams, unit: float) -> int:
+    """A draw among the tokens that no cut-off takes, in the vocabulary's order. weights (vocab_size,)."""
+    vocab_size = len(weights)
+    for size in (*_NUM_CANDIDATES, vocab_size):
+        candidates, token_ids = weights.topk(min(max(size, sampling.top_k + 1), vocab_size))  # falling
+        smallest = _smallest_kept(candidates, sampling)
+        # Equal weights are kept or cut off together, so one that is less likely must be in sight.
+        if candidates[-1] < smallest or len(candidates) == vocab_size:
+            break
+    kept = candidates >= smallest
+    in_order, order = token_ids[kept].sort()
+    return int(in_order[_draw_place(candidates[kept][order], unit)])
+
+
+def _smallest_kept(candidates: Tensor, sampling: SamplingParams) -> Tensor:
+    """The weight below which a token is cut off by top_k, then top_p of the rest, then min_p.
+
+    `candidates` are the largest weights, falling; where top_p reaches beyond them, it cuts off none of them.
+    """
+    likeliest, mass = candidates[0], 1.0
+    smallest = likeliest * sampling.min_p
     if sampling.top_k:
         candidates = candidates[: sampling.top_k]
         mass = float(candidates.double().sum())
-    threshold = candidates[-1] if sampling.top_k else weights.new_zeros(())
+        smallest = torch.maximum(smallest, candidates[-1])
     if sampling.top_p < 1.0:
         cumulative = candidates.double().cumsum(dim=0)
-        if cumulative[-1] < sampling.top_p * mass:
-            candidates = weights.sort(descending=True).values
-            cumulative = candidates.double().cumsum(dim=0)
         num_kept = int((cumulative < sampling.top_p * mass).sum()) + 1
-        threshold = torch.maximum(threshold, candidates[min(num_kept, candidates.shape[0]) - 1])
-    return torch.maximum(threshold, candidates[0] * sampling.min_p)
+        smallest = torch.maximum(smallest, candidates[min(num_kept, len(candidates)) - 1])
+    return smallest
