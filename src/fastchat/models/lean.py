@@ -40,6 +40,7 @@ def make_lean(model: PreTrainedModel) -> None:
     for index, layer in enumerate(decoder.layers):
         decoder.layers[index] = LeanLayer(layer, index, is_interleaved=kind in INTERLEAVED_CLASSES)
     decoder.rotary_emb = LeanRotary(decoder.rotary_emb)
+    decoder.norm = LeanNorm(decoder.norm)
     model.set_output_embeddings(join_rows([model.get_output_embeddings()]))
 
 
@@ -55,6 +56,19 @@ class LeanLinear(nn.Linear):
     def forward(self, rows: Tensor) -> Tensor:
         """(T, K) -> (T, N)."""
         return multiply(rows, self.weight, self.bias)
+
+
+class LeanNorm(nn.Module):
+    """The last norm of a decoder, in one call."""
+
+    def __init__(self, norm: Untyped) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.variance_epsilon: float = norm.variance_epsilon
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(1, T, S) -> the same."""
+        return _norm(hidden_states[0], self).unsqueeze(0)
 
 
 class LeanRotary(nn.Module):
