@@ -127,7 +127,7 @@ def run(flags: argparse.Namespace) -> Comparison:
             try:
                 contestant = Contestant(entry, logs, FIRST_TURN)
                 running.callback(contestant.leave)
-                contestant.turn(**WARM_UP)
+                contestant.turn(**{**WARM_UP, "streams": min(WARM_UP["streams"], max(flags.streams))})
             except ChildProcessError as error:
                 comparison.not_run[entry.name] = str(error)
                 print(f"{entry.name}: {error}", flush=True)
