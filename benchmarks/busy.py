@@ -27,7 +27,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 import torch  # noqa: E402 - the line above makes `benchmarks` known
 
-from benchmarks.engine import WITHOUT_DRAFTS  # noqa: E402
 from benchmarks.peers.turn import random_prompts  # noqa: E402
 from fastchat.engine.client import EngineClient  # noqa: E402
 from fastchat.engine.engine import Engine  # noqa: E402
@@ -35,6 +34,7 @@ from fastchat.engine.engine_config import EngineConfig  # noqa: E402
 from fastchat.engine.events import SequenceRequest  # noqa: E402
 from fastchat.engine.sampling_params import SamplingParams  # noqa: E402
 from fastchat.engine.thread_client import ThreadEngineClient  # noqa: E402
+from fastchat.engine.turns import Turns  # noqa: E402
 from fastchat.models.checkpoint import Checkpoint  # noqa: E402
 from fastchat.models.lean import make_lean  # noqa: E402
 from fastchat.models.stored_form import Quantization  # noqa: E402
@@ -53,7 +53,7 @@ def make_engine(folder: Path, weights: str) -> Engine:
     quantization = None if weights == "bfloat16" else Quantization(weights)
     model = load_model(Checkpoint.open(folder), dtype="bfloat16", quantization=quantization)
     make_lean(model)
-    return Engine(model, EngineConfig(max_context=CONTEXT, kv_cache_bytes=2**28, **WITHOUT_DRAFTS))
+    return Engine(model, EngineConfig(max_context=CONTEXT, kv_cache_bytes=2**28, speculation=False))
 
 
 async def answer(client: EngineClient, prompt: list[int], answer_tokens: int, give_up_after: int | None = None) -> int:
@@ -106,9 +106,9 @@ async def free_blocks(client: EngineClient) -> tuple[int, int]:
 
 async def measure(flags: argparse.Namespace) -> dict[str, object]:
     """All cases in turns."""
-    clients: list[EngineClient] = [
-        ThreadEngineClient(partial(make_engine, flags.folder, flags.weights), name=name) for name in ("one", "two")
-    ]
+    turns = Turns()  # as the models of one worker share them
+    make = partial(make_engine, flags.folder, flags.weights)
+    clients: list[EngineClient] = [ThreadEngineClient(make, name=name, turns=turns) for name in ("one", "two")]
     async with AsyncExitStack() as closing:
         for client in clients:
             closing.push_async_callback(client.close)

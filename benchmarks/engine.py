@@ -31,9 +31,6 @@ from fastchat.engine.events import SequenceRequest
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.lean import make_lean
 
-WITHOUT_DRAFTS = {"speculation": False} if "speculation" in EngineConfig.__dataclass_fields__ else {}
-"""What a model of random numbers writes repeats itself, and drafts would guess it better than any real text."""
-
 SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2-0.5b": (
         "Qwen2",
@@ -210,7 +207,9 @@ def main() -> None:
     model = build_model(arguments.shape, arguments.layers, getattr(torch, arguments.dtype))
     if not arguments.plain:
         make_lean(model)
-    engine = Engine(model, EngineConfig(max_context=arguments.prompt_tokens + 4096, kv_cache_bytes=2**31))
+    engine = Engine(
+        model, EngineConfig(max_context=arguments.prompt_tokens + 4096, kv_cache_bytes=2**31, speculation=False)
+    )
     if arguments.profile:
         for num in arguments.streams:
             print_profile(engine, num)

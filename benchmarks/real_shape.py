@@ -24,7 +24,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 import torch  # noqa: E402 - the line above makes `benchmarks` known
 
-from benchmarks.engine import WITHOUT_DRAFTS  # noqa: E402
 from benchmarks.machine import read_rate  # noqa: E402
 from fastchat.engine.engine import Engine  # noqa: E402
 from fastchat.engine.engine_config import EngineConfig  # noqa: E402
@@ -156,7 +155,7 @@ def main() -> None:
         f"memory           weights {held / GB:.2f} GB, peak {peak[0] / GB:.2f} GB, before loading {before / GB:.2f} GB"
     )
 
-    engine = Engine(model, EngineConfig(max_context=9000, kv_cache_bytes=2**30, **WITHOUT_DRAFTS))
+    engine = Engine(model, EngineConfig(max_context=9000, kv_cache_bytes=2**30, speculation=False))
     with peak_memory() as peak:
         run(engine, [request("warm", 8, 2)])
         first_s, later_s, num_later = run(engine, [request("one", 128, 32)])

@@ -10,7 +10,6 @@ import torch
 from turn import Facts, serve
 
 import fastchat
-from benchmarks.engine import WITHOUT_DRAFTS
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_config import EngineConfig
 from fastchat.engine.events import SequenceRequest
@@ -36,8 +35,9 @@ class FastChat:
         weight_bytes = sum(tensors.values())
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         cache_bytes = KVShape.of(model).bytes_per_token * flags.streams * flags.context
+        # What random numbers write repeats itself, and drafts would guess it better than any real text.
         config = EngineConfig(
-            max_context=flags.context, kv_cache_bytes=cache_bytes, max_running=flags.streams, **WITHOUT_DRAFTS
+            max_context=flags.context, kv_cache_bytes=cache_bytes, max_running=flags.streams, speculation=False
         )
         self._engine = Engine(model, config)
         self.facts = Facts(
