@@ -37,7 +37,9 @@ class Exchange:
         self._doubt_s = doubt_s
         self._response: aiohttp.ClientResponse | None = None
         self._is_doubted = False
-        self._patience: asyncio.Timeout | None = None  # of the wait that is under way
+        self._is_given_up = False
+        self._waiter: asyncio.Task[object] | None = None  # who waits for the worker now
+        self._patience: asyncio.TimerHandle | None = None  # of that wait, while the worker is doubted
 
     def __repr__(self) -> str:
         doubted = " doubted" if self._is_doubted else ""
@@ -69,15 +71,14 @@ class Exchange:
         """The table says that the worker is gone or hung: the next byte must come soon."""
         if not self._is_doubted:
             self._is_doubted = True
-            if self._patience is not None:
-                self._patience.reschedule(asyncio.get_running_loop().time() + self._doubt_s)
+            if self._waiter is not None:
+                self._lose_patience_later(self._waiter)
 
     def trust(self) -> None:
         """The worker is well (again)."""
         if self._is_doubted:
             self._is_doubted = False
-            if self._patience is not None and not self._patience.expired():
-                self._patience.reschedule(None)
+            self._be_patient()
 
     def close(self) -> None:
         """Close the connection unless the answer was read to its end; the worker then aborts."""
@@ -85,11 +86,34 @@ class Exchange:
             self._response.close()
 
     async def _while_worker_lives(self, step: Awaitable[T]) -> T:
+        """What `asyncio.timeout` does, at no cost for each step while nobody doubts the worker."""
+        self._waiter = waiter = asyncio.current_task()
+        assert waiter is not None
+        num_cancelled = waiter.cancelling()
+        if self._is_doubted:
+            self._lose_patience_later(waiter)
         try:
-            async with asyncio.timeout(self._doubt_s if self._is_doubted else None) as self._patience:
-                return await step
+            return await step
+        except asyncio.CancelledError:
+            if self._is_given_up and waiter.uncancel() <= num_cancelled:
+                raise TimeoutError from None
+            raise
         finally:
+            self._waiter = None
+            if self._patience is not None:
+                self._be_patient()
+
+    def _lose_patience_later(self, waiter: asyncio.Task[object]) -> None:
+        self._patience = asyncio.get_running_loop().call_later(self._doubt_s, self._give_up, waiter)
+
+    def _be_patient(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
             self._patience = None
+
+    def _give_up(self, waiter: asyncio.Task[object]) -> None:
+        self._is_given_up = True
+        waiter.cancel()
 
 
 class Exchanges:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 
-import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastchat.ops.logs import log_frequent
 
 QUIET_PATHS = frozenset({"/livez", "/health", "/metrics"})
 """Asked every few seconds by machines: their lines are debug."""
@@ -14,7 +16,7 @@ CLIENT_LEFT_STATUS = 499
 """What stands for a status when the client left before there was one (nginx's convention)."""
 _MAX_PATH_CHARACTERS = 200
 
-_log = structlog.stdlib.get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class AccessLog:
@@ -44,9 +46,10 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            write = _log.debug if scope["path"].startswith(self._quiet_paths) else _log.info
             client = scope.get("client")
-            write(
+            log_frequent(
+                _log,
+                logging.DEBUG if scope["path"].startswith(self._quiet_paths) else logging.INFO,
                 "request",
                 method=scope["method"],
                 path=scope["path"][:_MAX_PATH_CHARACTERS],

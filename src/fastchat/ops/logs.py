@@ -12,6 +12,9 @@ import argparse
 import logging
 import re
 import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TextIO
 
 import structlog
@@ -51,9 +54,12 @@ def configure_logging(process_name: str, *, level: str = "INFO", stream: TextIO 
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.addFilter(_is_worth_a_line)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _LineRenderer(process_name)],
+        _Formatter(
+            process_name,
+            structlog.stdlib.ProcessorFormatter(
+                foreign_pre_chain=shared,
+                processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _LineRenderer(process_name)],
+            ),
         )
     )
     root = logging.getLogger()
@@ -69,6 +75,20 @@ def log_arguments(arguments: argparse.Namespace) -> None:
     structlog.stdlib.get_logger("fastchat").info(f"args: Namespace({inside})")
 
 
+@dataclass(frozen=True, slots=True)
+class FrequentEvent:
+    """An event of our own that comes with every request: as a log record's message it skips structlog's machinery."""
+
+    event: str
+    facts: Mapping[str, object]
+
+
+def log_frequent(logger: logging.Logger, level: int, event: str, **facts: object) -> None:
+    """One line like any other, for a third of the time. Facts are never secrets and their names never clash."""
+    if logger.isEnabledFor(level):
+        logger.handle(logging.LogRecord(logger.name, level, "", 0, FrequentEvent(event, facts), None, None))
+
+
 def escape(text: str) -> str:
     """`text` with everything escaped that could end a line or steer a terminal."""
     if text.isprintable():
@@ -77,6 +97,28 @@ def escape(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+class _Formatter(logging.Formatter):
+    """Lines of frequent events, written here; all others go through structlog."""
+
+    def __init__(self, process_name: str, general: logging.Formatter) -> None:
+        super().__init__()
+        self._process_name = process_name
+        self._general = general
+        self._second = 0
+        self._time = ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Implements `logging.Formatter`."""
+        message: object = record.msg
+        if not isinstance(message, FrequentEvent):
+            return self._general.format(record)
+        if int(record.created) != self._second:
+            self._second = int(record.created)
+            self._time = time.strftime(_TIME_FORMAT, time.localtime(record.created))
+        facts = "".join([f" {key}={_value_text(value)}" for key, value in message.facts.items()])
+        return f"{self._time} | {record.levelname} | {self._process_name} | {message.event}{facts}"
 
 
 class _LineRenderer:
