@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fastchat.errors import CheckpointError, InvalidRequestError
 from fastchat.models.control_tokens import ControlTokens, choose_marks
 from fastchat.models.interface import ChatMessage
+from fastchat.models.template_sandbox import MAX_TEMPLATE_CHARACTERS, TemplateSandbox
 from fastchat.models.tokenizer import TemplateTokenizer
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|user|>", "<|observation|>")
@@ -31,14 +28,6 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|user|>", "<|observation|>")
 
 ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 """Templates build names of tokens from roles (`'<|' + role + '|>'`), so a role must not bring its own punctuation."""
-
-MAX_TEMPLATE_CHARACTERS = 64 * 1024
-MAX_TEMPLATE_TURNS = 100_000
-"""Of all loops over `range` in one rendering together."""
-MAX_TEMPLATE_CPU_S = 0.5
-"""Of the thread that renders, looked at whenever the template writes something."""
-MAX_RENDERED_CHARACTERS = 16 * 2**20
-"""Four times what a request can hold."""
 
 
 class JinjaFormat:
@@ -53,7 +42,7 @@ class JinjaFormat:
         special_tokens: Mapping[str, str],
         strips_leading_space: bool = False,
     ) -> None:
-        environment = _make_environment()
+        self._environment = environment = _make_environment()
         if any(len(text) > MAX_TEMPLATE_CHARACTERS for text in templates.values()):
             raise CheckpointError(f"{source}: the chat template is longer than {MAX_TEMPLATE_CHARACTERS} characters")
         try:
@@ -139,15 +128,13 @@ class JinjaFormat:
         if tools:
             template = self._templates.get("tool_use", template)
         try:
-            return _within_limits(
-                template.generate(
-                    **self._special_tokens,
-                    messages=turns,
-                    tools=tools or None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    range=_LimitedRange(),
-                )
+            return self._environment.render_within_limits(
+                template,
+                **self._special_tokens,
+                messages=turns,
+                tools=tools or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
             )
         except (
             jinja2.TemplateError,
@@ -176,57 +163,17 @@ def _with_parsed_arguments(call: Any) -> Any:  # Any: JSON
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Products and powers are looked at before they are made: one of them can take all memory, or an hour."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # Any: a template's values
-        """Nothing is raised to a power, and a product stays small: a number, or a text repeated a few times."""
-        sizes = [len(value) if isinstance(value, str | list | tuple) else abs(value) for value in (left, right)]
-        if operator == "**" or sizes[0] * sizes[1] > MAX_TEMPLATE_CHARACTERS:
-            raise SecurityError(f"the operator {operator} is not for values as large as these")
-        return super().call_binop(context, operator, left, right)
-
-
-class _LimitedRange:
-    """`range` for one rendering; all calls together give so many numbers at most."""
-
-    def __init__(self) -> None:
-        self._num_left = MAX_TEMPLATE_TURNS
-
-    def __call__(self, *bounds: int) -> range:
-        numbers = range(*bounds)
-        self._num_left -= len(numbers)
-        if self._num_left < 0:
-            raise SecurityError(f"more than {MAX_TEMPLATE_TURNS} turns of loops")
-        return numbers
-
-
-def _within_limits(pieces: Iterable[str]) -> str:
-    """The pieces as one text. Raises `SecurityError` where they are too many or take too long."""
-    texts: list[str] = []
-    num_characters = 0
-    ends_at = time.thread_time() + MAX_TEMPLATE_CPU_S
-    for piece in pieces:
-        texts.append(piece)
-        num_characters += len(piece)
-        if num_characters > MAX_RENDERED_CHARACTERS:
-            raise SecurityError(f"more than {MAX_RENDERED_CHARACTERS} characters")
-        if time.thread_time() > ends_at:
-            raise SecurityError(f"more than {MAX_TEMPLATE_CPU_S} seconds")
-    return "".join(texts)
-
-
-def _make_environment() -> ImmutableSandboxedEnvironment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _to_json
+def _make_environment() -> TemplateSandbox:
+    environment = TemplateSandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
-def _literals_of(environment: ImmutableSandboxedEnvironment, template: str) -> str:
+def _literals_of(environment: TemplateSandbox, template: str) -> str:
     """What the template itself writes or compares with: its text and its string constants."""
     tree = environment.parse(template)
     texts = [node.data for node in tree.find_all(nodes.TemplateData)]
@@ -234,7 +181,7 @@ def _literals_of(environment: ImmutableSandboxedEnvironment, template: str) -> s
     return "\0".join(texts + constants)
 
 
-def _fields_read(environment: ImmutableSandboxedEnvironment, template: str) -> set[str]:
+def _fields_read(environment: TemplateSandbox, template: str) -> set[str]:
     """The names that a template reads of a variable, as `message.name` or `message['name']`."""
     tree = environment.parse(template)
     read = {node.attr for node in tree.find_all(nodes.Getattr) if isinstance(node.node, nodes.Name)}
