@@ -10,6 +10,7 @@ import openai
 import orjson
 import pytest
 
+from fastchat.gateway.resumption import resume_body
 from tests.gateway.canned_worker import WORDS, CannedWorker
 from tests.gateway.conftest import TOKEN
 
@@ -177,6 +178,53 @@ def test_another_worker_is_asked_while_nothing_was_sent(cluster, api, first, str
             assert bad.received
             assert len(good.received) == 2
     cluster.wait_for_models(api)
+
+
+@pytest.mark.parametrize("good_act", ["answer", "bad_value", "die"])
+def test_a_lost_stream_goes_on_with_another_worker(cluster, api, good_act):
+    """It gets the body and what the client has, with the same id, time and seed; where it fails too, the first error
+    stands at the end of the stream."""
+    with cluster.worker("bad", tiny="die_in_stream") as bad:
+        cluster.wait_for_models(api, "tiny")
+        with cluster.worker("good", ("tiny", "other"), tiny=good_act) as good:
+            cluster.wait_for_models(api, "other", "tiny")
+            bad.received.clear()
+            while not bad.received:  # whichever is chosen first
+                good.received.clear()
+                status, _, body = cluster.post(api, CHAT, QUESTION | {"stream": True})
+        (lost,), (resumed,) = bad.received, good.received
+        document = orjson.loads(resumed.body)
+        assert document.pop("resume") == {"prompt_token_ids": [[1, 2, 3]], "emitted_token_ids": [[100, 101]]}
+        assert document == orjson.loads(lost.body)
+        assert resumed.headers["x-fastchat-resume"] == "1"
+        for name in ("x-fastchat-request-id", "x-fastchat-created", "x-fastchat-seed", "x-fastchat-tags"):
+            assert resumed.headers[name] == lost.headers[name]
+        assert status == 200
+        assert b": 0" not in body
+        assert body.count(WORDS[0].encode()) == (2 if good_act == "answer" else 1)
+        last = data_of(body)[-1]
+        assert last == b"[DONE]" if good_act == "answer" else orjson.loads(last)["error"]["code"] == "worker_lost"
+    cluster.wait_for_models(api)
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_choices"),
+    [
+        ({"messages": [], "n": 2}, 2),
+        ({"prompt": "a"}, 1),
+        ({"prompt": [5, 6, 7]}, 1),
+        ({"prompt": ["a", "b"], "n": 2}, 4),
+        ({"prompt": [[5], [6]], "n": None}, 2),
+    ],
+)
+def test_a_resume_form_has_an_entry_for_each_choice(asked, num_choices):
+    """Null where nothing was sent of it."""
+    document = orjson.loads(resume_body(orjson.dumps(asked), b": 0 prompt 5,6\n: 0 0 7\r\n: 0 1 \n: 0 1 8,9\n"))
+    assert document["resume"] == {
+        "prompt_token_ids": [[5, 6], *[None] * (num_choices - 1)],
+        "emitted_token_ids": [[7, 8, 9], *[[]] * (num_choices - 1)],
+    }
+    assert asked.items() <= document.items()
 
 
 def test_an_unreachable_worker_is_passed_over(cluster, api):

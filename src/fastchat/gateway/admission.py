@@ -22,13 +22,17 @@ _MAX_MODEL_CHARACTERS = 512
 
 @dataclass(frozen=True, slots=True)
 class AdmittedRequest:
-    """A request that may be relayed. `num_tokens` is a rough guess of its work, for choosing a worker."""
+    """A request that may be relayed. `num_tokens` is a rough guess of its work, for choosing a worker.
+
+    `is_resume`: the body is the resume form, written by us.
+    """
 
     path: str
     body: bytes
     model: str
     is_stream: bool
     num_tokens: int
+    is_resume: bool = False
 
 
 async def admit(request: Request, path: str, *, default_model: str | None = None) -> AdmittedRequest:

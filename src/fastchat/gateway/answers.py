@@ -6,7 +6,7 @@ shapes reaches a client.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import structlog
 from fastchat.cluster.contract import IGNORED_HEADER, WorkerEntry
 from fastchat.errors import UnavailableError
 from fastchat.gateway.event_framer import BrokenStreamError, EventFramer
-from fastchat.gateway.exchange import Exchange
+from fastchat.gateway.exchange import LOST, Exchange
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Embeddings of many long inputs as decimal numbers are tens of megabytes."""
@@ -41,6 +41,10 @@ class WholeAnswer:
     headers: Mapping[str, str]
 
 
+Resume = Callable[[bytes, UnavailableError], "Awaitable[RelayedStream]"]
+"""Gets the tags of what was sent and the failure; gives the rest as a stream of its own, or raises the failure."""
+
+
 class RelayedStream:
     """A worker's events without their tags, as they come. Closing it closes the connection, and the worker aborts."""
 
@@ -52,6 +56,8 @@ class RelayedStream:
         self._first_events: bytes | None = None
         self._is_finished = False
         self._owned = ExitStack()
+        self._callbacks = ExitStack()
+        self._resume: Resume | None = None
 
     def __aiter__(self) -> RelayedStream:
         return self
@@ -73,19 +79,27 @@ class RelayedStream:
         """Take over what must be released when the stream ends."""
         self._owned = resources
 
+    def resume_with(self, resume: Resume) -> None:
+        """Ask `resume` for the rest of the stream where its worker is lost."""
+        self._resume = resume
+
     def on_close(self, action: Callable[[], None]) -> None:
         """Call `action` when the stream ends, by whatever way."""
-        self._owned.callback(action)
+        self._callbacks.callback(action)
 
     async def aclose(self) -> None:
         """Release the worker; needs no waiting."""
-        self._owned.close()
+        with self._callbacks:
+            self._owned.close()
 
     async def _next_events(self) -> bytes:
         """Whole events, b"" at the proper end. Raises `UnavailableError` where the stream is cut or broken."""
         try:
             while not self._is_finished:
-                chunk = await self._exchange.read()
+                try:
+                    chunk = await self._exchange.read()
+                except UnavailableError as failure:
+                    return await self._go_on_elsewhere(failure)
                 self._is_finished = not chunk
                 events = self._framer.feed(chunk) if chunk else self._framer.finish()
                 if events:
@@ -93,6 +107,22 @@ class RelayedStream:
         except BrokenStreamError as error:
             raise _bad_answer(self._exchange.worker, self._request_id, f"broken stream: {error}") from error
         return b""
+
+    async def _go_on_elsewhere(self, failure: UnavailableError) -> bytes:
+        """The next events, from another worker that takes the stream over. Raises `failure` where none can."""
+        tags = self._framer.tags
+        if self._resume is None or failure.code != LOST or not tags:
+            raise failure
+        other = await self._resume(bytes(tags), failure)
+        self._owned.close()
+        first_events, self._exchange, self._framer, self._is_finished, self._owned = other.handed_over()
+        if self._framer.tags is not None:
+            self._framer.tags[:0] = tags
+        return first_events
+
+    def handed_over(self) -> tuple[bytes, Exchange, EventFramer, bool, ExitStack]:
+        """All that this stream is made of, for another one that goes on with it."""
+        return self._first_events or b"", self._exchange, self._framer, self._is_finished, self._owned.pop_all()
 
 
 async def read_whole_answer(

@@ -1,4 +1,7 @@
-"""From an admitted request to a worker's answer: choose, ask, and ask another one while nothing has been sent.
+"""From an admitted request to a worker's answer: choose, ask, and ask another one where the first was lost.
+
+While nothing has been sent another worker gets the same request. After that it gets it in the resume form, with the
+ids that the client has, and goes on where the lost one ended (`resumption.py`).
 
 A worker gets the client's bytes and our headers, never the client's key nor headers of its own that look like ours. No
 worker is asked twice, and after two of them died over a request no third one is asked: the request may be the cause.
@@ -10,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 import structlog
@@ -18,6 +21,7 @@ import structlog
 from fastchat.cluster.contract import (
     CREATED_HEADER,
     REQUEST_ID_HEADER,
+    RESUME_HEADER,
     SEED_HEADER,
     TAGS_HEADER,
     TENANT_HEADER,
@@ -30,6 +34,7 @@ from fastchat.gateway.admission import AdmittedRequest
 from fastchat.gateway.answers import BAD_ANSWER, RelayedStream, WholeAnswer, passed_headers, read_whole_answer
 from fastchat.gateway.exchange import CONNECT_TIMEOUT_S, LOST, Exchange, Exchanges
 from fastchat.gateway.live_table import LiveTable
+from fastchat.gateway.resumption import resume_body
 
 MAX_LOST_WORKERS = 2
 
@@ -43,6 +48,19 @@ class Sender:
     request_id: str
     tenant: str
     user_agent: str
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A request on its way: what every worker is told alike, and who was tried."""
+
+    request: AdmittedRequest
+    sender: Sender
+    capability: Capability | None
+    created: int = field(default_factory=lambda: int(time.time()))
+    seed: int = field(default_factory=lambda: secrets.randbits(63))
+    tried: set[str] = field(default_factory=set)
+    num_lost: int = 0
 
 
 def create_session() -> aiohttp.ClientSession:
@@ -84,34 +102,50 @@ class Relay:
 
         Raises what the dispatcher raises where no worker can be chosen, and `UnavailableError` where all have failed.
         """
-        tried: set[str] = set()
-        num_lost = 0
-        failure: UnavailableError | None = None
-        while num_lost < MAX_LOST_WORKERS:
+        asked = _Asked(request, sender, capability)
+        answer = await self._ask_workers(asked, None)
+        if isinstance(answer, RelayedStream):
+            answer.resume_with(lambda tags, failure: self._resume(asked, tags, failure))
+        return answer
+
+    async def _resume(self, asked: _Asked, tags: bytes, failure: UnavailableError) -> RelayedStream:
+        """The rest of a stream, from another worker. Raises `failure` where there is none."""
+        asked.num_lost += 1
+        asked.request = replace(asked.request, body=resume_body(asked.request.body, tags), is_resume=True)
+        answer = await self._ask_workers(asked, failure)
+        if isinstance(answer, WholeAnswer):
+            _log.error("worker refused to resume", request_id=asked.sender.request_id, status=answer.status)
+            raise failure
+        _log.info("stream resumed", request_id=asked.sender.request_id)
+        return answer
+
+    async def _ask_workers(self, asked: _Asked, failure: UnavailableError | None) -> WholeAnswer | RelayedStream:
+        """The answer of the first worker that has one; `failure` is what an earlier worker failed with."""
+        while asked.num_lost < MAX_LOST_WORKERS:
             with ExitStack() as resources:
                 try:
                     worker = resources.enter_context(
                         self._dispatcher.assign(
                             self._table.current(),
-                            request.model,
-                            num_tokens=request.num_tokens,
-                            capability=capability,
-                            tried=tried,
+                            asked.request.model,
+                            num_tokens=asked.request.num_tokens,
+                            capability=asked.capability,
+                            tried=asked.tried,
                         )
                     )
                 except FastChatError as error:
                     raise failure or self._table.explain(error) from None
-                tried.add(worker.worker_id)
+                asked.tried.add(worker.worker_id)
                 if failure is not None:
                     self._on_retry()
                 try:
-                    return await self._ask_worker(worker, request, sender, resources)
+                    return await self._ask_worker(worker, asked, resources)
                 except UnavailableError as error:
                     failure = error
-                    num_lost += error.code in (LOST, BAD_ANSWER)
+                    asked.num_lost += error.code in (LOST, BAD_ANSWER)
                     _log.warning(
                         "worker failed a request",
-                        request_id=sender.request_id,
+                        request_id=asked.sender.request_id,
                         worker_id=worker.worker_id,
                         code=error.code,
                         cause=repr(error.__cause__),
@@ -120,19 +154,20 @@ class Relay:
         raise failure
 
     async def _ask_worker(
-        self, worker: WorkerEntry, request: AdmittedRequest, sender: Sender, resources: ExitStack
+        self, worker: WorkerEntry, asked: _Asked, resources: ExitStack
     ) -> WholeAnswer | RelayedStream:
         exchange: Exchange = resources.enter_context(self._exchanges.open(worker))
-        headers = self._headers(worker, request, sender)
-        response = await exchange.start(self._session, request.path, headers, request.body)
+        request, request_id = asked.request, asked.sender.request_id
+        response = await exchange.start(self._session, request.path, self._headers(worker, asked), request.body)
         if response.status != 200 or response.content_type != "text/event-stream":
-            return await read_whole_answer(exchange, response.status, response.headers, sender.request_id)
-        stream = RelayedStream(exchange, sender.request_id, passed_headers(response.headers))
+            return await read_whole_answer(exchange, response.status, response.headers, request_id)
+        stream = RelayedStream(exchange, request_id, passed_headers(response.headers))
         await stream.wait_for_first_events()
         stream.own(resources.pop_all())
         return stream
 
-    def _headers(self, worker: WorkerEntry, request: AdmittedRequest, sender: Sender) -> Mapping[str, str]:
+    def _headers(self, worker: WorkerEntry, asked: _Asked) -> Mapping[str, str]:
+        request, sender = asked.request, asked.sender
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if worker.is_external:
             # Its keep-alive time is unknown: a reused connection might just be closing.
@@ -141,11 +176,13 @@ class Relay:
             "authorization": f"Bearer {self._cluster_token}",
             "user-agent": sender.user_agent,
             REQUEST_ID_HEADER: sender.request_id,
-            CREATED_HEADER: str(int(time.time())),
-            SEED_HEADER: str(secrets.randbits(63)),
+            CREATED_HEADER: str(asked.created),
+            SEED_HEADER: str(asked.seed),
         }
         if sender.tenant:
             headers[TENANT_HEADER] = sender.tenant
         if request.is_stream:
             headers[TAGS_HEADER] = "1"
+        if request.is_resume:
+            headers[RESUME_HEADER] = "1"
         return headers
