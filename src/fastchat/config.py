@@ -19,6 +19,8 @@ from fastchat.errors import ConfigError
 STATE_DIR_VARIABLE = "FASTCHAT_STATE_DIR"
 CONFIG_VARIABLE = "FASTCHAT_CONFIG"
 CLUSTER_TOKEN_VARIABLE = "FASTCHAT_CLUSTER_TOKEN"  # noqa: S105 - the name of a variable, not a secret
+PAGE_KEY_VARIABLE = "FASTCHAT_PAGE_KEY"
+"""What `fastchat serve` tells its API server: the key of its page, which no client is given."""
 
 _BYTES = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?i?b?)", re.IGNORECASE)
 _UNIT_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -39,6 +41,7 @@ class Environment:
 
     state_dir: Path
     cluster_token: str | None = field(default=None, repr=False)
+    page_key: str | None = field(default=None, repr=False)
     ssl_keyfile: Path | None = None
     ssl_certfile: Path | None = None
 
@@ -61,6 +64,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(
         state_dir=_state_dir(variables),
         cluster_token=variables.get(CLUSTER_TOKEN_VARIABLE) or None,
+        page_key=variables.get(PAGE_KEY_VARIABLE) or None,
         ssl_keyfile=Path(keyfile) if keyfile else None,
         ssl_certfile=Path(certfile) if certfile else None,
     )

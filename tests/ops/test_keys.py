@@ -7,6 +7,7 @@ import hashlib
 import pytest
 
 from fastchat.errors import ConfigError
+from fastchat.ops.key_store import StoredKey
 from fastchat.ops.keys import ApiKeys
 
 KEYS = ApiKeys(["sk-one", "sk-two"], tenant_secret="cluster")
@@ -27,6 +28,20 @@ def test_without_keys_everybody_is_let_in_as_one_tenant():
     assert keys.is_open
     assert keys.is_allowed("EMPTY")
     assert keys.tenant_of("EMPTY") == ""
+
+
+def test_the_page_s_key_opens_a_closed_door_and_closes_none():
+    """With keys by flag, with stored ones, and with none; it is a tenant of its own."""
+    alone = ApiKeys([], page_key="page-key")
+    assert alone.is_open
+    assert alone.is_allowed("EMPTY")
+    alone.replace_stored([StoredKey("key-1", "name", b"digest", 0, None, 5, None)])
+    beside = ApiKeys(["sk-one"], page_key="page-key")
+    for keys in (alone, beside):
+        assert not keys.is_open
+        assert not keys.is_allowed("EMPTY")
+        assert keys.is_allowed("page-key")
+        assert keys.tenant_of("page-key") not in ("", keys.tenant_of("sk-one"))
 
 
 def test_tenant_is_opaque_stable_and_the_keys_own():

@@ -347,13 +347,30 @@ def test_api_server_s_flags_are_handed_on():
     there = create_api_server_parser().parse_args(command_of("API server", arguments))
     assert (there.host, there.port, there.ssl) == ("0.0.0.0", 1, True)
     assert there.api_keys is None
-    assert environment_of("API server", arguments) == {"FASTCHAT_API_KEYS": "k1,k2"}, "never on a command line"
+    assert environment_of("API server", arguments)["FASTCHAT_API_KEYS"] == "k1,k2", "never on a command line"
     assert (there.allowed_origins, there.allowed_methods, there.allow_credentials) == (
         ["https://example.org"],
         ["*"],
         True,
     )
     assert "--ssl" not in command_of("controller", arguments) + command_of("worker", arguments)
+
+
+@pytest.mark.parametrize("keys", [[], ["--api-keys", "k1,k2"]])
+def test_the_page_has_a_key_of_its_own(keys):
+    """Made at each start and told to the API server and the page alone, by their environment."""
+    arguments = create_serve_parser().parse_args(["--model-path", "x", *keys])
+    specs = process_specs(arguments, (WORKER,), Ports(api=1, controller=2, workers=(3,), web=4))
+    environments = {spec.name: dict(spec.environment) for spec in specs}
+    key = environments["page"]["FASTCHAT_API_KEY"]
+    assert len(key) > 32
+    assert environments["API server"]["FASTCHAT_PAGE_KEY"] == key
+    assert [name for name, environment in environments.items() if key in environment.values()] == ["API server", "page"]
+    assert not any(key in word for spec in specs for word in spec.command())
+    again = process_specs(arguments, (WORKER,), Ports(api=1, controller=2, workers=(3,), web=4))
+    assert key not in str([spec.environment for spec in again])
+    assert read_environment(environments["API server"]).page_key == key
+    assert key not in repr(read_environment(environments["API server"]))
 
 
 def test_ready_block_with_keys_shows_none():

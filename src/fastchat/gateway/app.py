@@ -30,7 +30,7 @@ from fastchat.ops.keys import ApiKeys
 
 def create_api_app(config: ApiServerConfig, mounted: Sequence[MountedRoutes] = ()) -> Starlette:
     """An API server that watches `config.controller_address` while it runs; `mounted` parts live and end with it."""
-    keys = ApiKeys(config.api_keys, tenant_secret=config.cluster_token)
+    keys = ApiKeys(config.api_keys, page_key=config.page_key, tenant_secret=config.cluster_token)
     watcher = TableWatcher(controller_address=config.controller_address, token=config.cluster_token)
     table = LiveTable(watcher, config.controller_address)
     dispatcher = Dispatcher()

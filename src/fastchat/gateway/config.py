@@ -23,12 +23,13 @@ class ApiServerConfig:
     """What an API server needs to know.
 
     With no `api_keys` and none in the store at `key_store_path`, everybody who reaches it may use it, by
-    the names in `allowed_hosts` (None: by any).
+    the names in `allowed_hosts` (None: by any). `page_key` is that of the page that was started with it.
     """
 
     cluster_token: str = field(repr=False)
     controller_address: str = "http://localhost:21001"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    page_key: str | None = field(default=None, repr=False)
     key_store_path: Path | None = None
     allowed_hosts: tuple[str, ...] | None = None
     cors: CorsConfig = CorsConfig()

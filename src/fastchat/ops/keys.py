@@ -20,21 +20,30 @@ class ApiKeys:
     """The keys that a process accepts; where there has never been one, everybody is let in.
 
     `tenant_secret` (the cluster token) makes tenant ids the same in every API server of a cluster, and useless to
-    anyone who would guess the key from the id. `clock` is the calendar's, which expiry is about.
+    anyone who would guess the key from the id. `clock` is the calendar's, which expiry is about. `page_key` is accepted
+    too, and is none of the keys that close an open door.
     """
 
-    def __init__(self, keys: Sequence[str], *, tenant_secret: str = "", clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        keys: Sequence[str],
+        *,
+        page_key: str | None = None,
+        tenant_secret: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         if any(not key.strip() for key in keys):
             raise ConfigError("an API key is empty; check the commas in --api-keys.")
         self._clock = clock
         secret = hashlib.sha256(tenant_secret.encode()).digest()
         self._tenants = {
             digest: hmac.new(secret, digest, hashlib.sha256).hexdigest()[:_TENANT_CHARACTERS]
-            for digest in map(key_digest, keys)
+            for digest in map(key_digest, [*keys, page_key] if page_key else keys)
         }
         self._stored: dict[bytes, StoredKey] = {}
         self._used_ids: set[str] = set()
-        self.is_open = not self._tenants
+        self._is_closed_by_flag = bool(keys)
+        self.is_open = not keys
         """Whether no key is needed."""
 
     def __repr__(self) -> str:
@@ -43,7 +52,7 @@ class ApiKeys:
     def replace_stored(self, keys: Sequence[StoredKey]) -> None:
         """Take over the store's present keys. A store that holds none but revoked ones lets nobody in."""
         self._stored = {key.digest: key for key in keys if key.revoked_at is None}
-        self.is_open = not self._tenants and not keys
+        self.is_open = not self._is_closed_by_flag and not keys
 
     def is_allowed(self, bearer: str) -> bool:
         """Whether `bearer` is one of the keys."""

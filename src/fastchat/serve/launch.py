@@ -22,10 +22,10 @@ from pathlib import Path
 import structlog
 
 from fastchat.cluster.watcher import TableWatcher
-from fastchat.config import config_file, internal_url, parse_port, read_environment
+from fastchat.config import PAGE_KEY_VARIABLE, config_file, internal_url, parse_port, read_environment
 from fastchat.errors import ConfigError, UnavailableError
 from fastchat.models.checkpoint import Checkpoint
-from fastchat.ops.key_store import STORE_FILE_NAME, has_keys
+from fastchat.ops.key_store import STORE_FILE_NAME, has_keys, new_key
 from fastchat.ops.logs import configure_logging
 from fastchat.serve import controller, gradio_web_server, openai_api_server, worker_arguments
 from fastchat.serve.arguments import (
@@ -201,6 +201,8 @@ def process_specs(
         model_flags += _pin_flags(arguments, worker)
         return _command(module, [*model_flags, *address, *worker_flags, *worker.memory_flags])
 
+    # The page's own: of the keys that `fastchat keys` makes only digests are kept.
+    page_key = new_key()
     workers = (
         ProcessSpec(
             name=f"worker of {','.join(worker.names)}",
@@ -216,14 +218,17 @@ def process_specs(
             "API server",
             lambda: _command("openai_api_server", api_flags),
             stop_rank=0,
-            environment={"FASTCHAT_API_KEYS": ",".join(arguments.api_keys)} if arguments.api_keys else {},
+            environment={PAGE_KEY_VARIABLE: page_key}
+            | ({"FASTCHAT_API_KEYS": ",".join(arguments.api_keys)} if arguments.api_keys else {}),
         ),
-        *_page_spec(arguments, served, ports),
+        *_page_spec(arguments, served, ports, page_key),
         *workers,
     )
 
 
-def _page_spec(arguments: argparse.Namespace, served: Sequence[ServedWorker], ports: Ports) -> tuple[ProcessSpec, ...]:
+def _page_spec(
+    arguments: argparse.Namespace, served: Sequence[ServedWorker], ports: Ports, page_key: str
+) -> tuple[ProcessSpec, ...]:
     if ports.web is None:
         return ()
     names = [name for worker in served for name in worker.names]
@@ -232,7 +237,7 @@ def _page_spec(arguments: argparse.Namespace, served: Sequence[ServedWorker], po
     flags += [f"--expect-models={json.dumps(names)}"]
     flags += [f"--gradio-auth-path={arguments.gradio_auth_path.absolute()}"] if arguments.gradio_auth_path else []
     command = _command("gradio_web_server", flags)
-    environment = {gradio_web_server.API_KEY_VARIABLE: arguments.api_keys[0]} if arguments.api_keys else {}
+    environment = {gradio_web_server.API_KEY_VARIABLE: page_key}
     return (ProcessSpec("page", lambda: command, stop_rank=0, is_essential=False, environment=environment),)
 
 

@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster_token=cluster_token(arguments, environment),
         controller_address=arguments.controller_address,
         api_keys=tuple(arguments.api_keys or ()),
+        page_key=environment.page_key,
         key_store_path=key_store_path,
         allowed_hosts=_allowed_hosts(arguments),
         cors=CorsConfig(
