@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import logging
 import signal
 import socket
@@ -143,8 +142,6 @@ class _Server(uvicorn.Server):
             await self.lifespan.shutdown()
             raise _port_error(error, self._listeners.host, self._listeners.port) from error
         if self.started:
-            gc.collect()
-            gc.freeze()  # what is there now stays: no later collection walks through it
             scheme = "https" if self.config.is_ssl else "http"
             host = f"[{self._listeners.host}]" if ":" in self._listeners.host else self._listeners.host
             _logger.info("Uvicorn running on %s://%s:%d (Press CTRL+C to quit)", scheme, host, self._listeners.port)
