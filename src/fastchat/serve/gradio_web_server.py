@@ -19,7 +19,7 @@ from fastchat.config import is_loopback, parse_host, parse_port, parse_url
 from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import add_address_flags, add_refused_flag, create_parser, flag_type, run_command
 from fastchat.serve.http_server import bind_listeners, run_server
-from fastchat.web.config import PageConfig, read_accounts
+from fastchat.web.config import PageConfig, parse_root_path, read_accounts
 
 DEFAULT_PORT = 7860
 DEFAULT_API_URL = "http://127.0.0.1:8000"
@@ -70,10 +70,7 @@ def create_page_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="answers that may run at once, over all browsers (default: no limit, the scheduler decides)",
     )
-    _add_account_flag(parser)
-    parser.add_argument(
-        "--gradio-root-path", default="", metavar="PATH", help="path below which a proxy shows the page (default: none)"
-    )
+    _add_exposure_flags(parser)
     parser.add_argument("--expect-models", type=json.loads, default=[], metavar="JSON", help=argparse.SUPPRESS)
     for flag, takes_value, reason in _REFUSED:
         add_refused_flag(parser, flag, reason=reason, takes_value=takes_value)
@@ -95,7 +92,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help=f"port of the page, 0 for any free one (default: {DEFAULT_PORT})",
     )
-    _add_account_flag(parser)
+    _add_exposure_flags(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,12 +110,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_server(app, listeners, quiet_paths=QUIET_PATHS)
 
 
-def _add_account_flag(parser: argparse.ArgumentParser) -> None:
+def _add_exposure_flags(parser: argparse.ArgumentParser) -> None:
+    """Who may use the page, and where others see it."""
     parser.add_argument(
         "--gradio-auth-path",
         type=Path,
         metavar="FILE",
         help="who may use the page: a file of name:password lines (default: everyone who reaches it)",
+    )
+    parser.add_argument(
+        "--gradio-root-path",
+        type=flag_type(parse_root_path),
+        default="",
+        metavar="PATH",
+        help="path below which a proxy shows the page, such as /chat (default: none)",
     )
 
 
@@ -128,7 +133,7 @@ def page_config(arguments: argparse.Namespace) -> PageConfig:
         api_url=_api_url(arguments),
         api_key=arguments.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         accounts=read_accounts(arguments.gradio_auth_path) if arguments.gradio_auth_path else None,
-        root_path=arguments.gradio_root_path.rstrip("/"),
+        root_path=arguments.gradio_root_path,
         max_answers=arguments.concurrency_count,
         model_list_mode=arguments.model_list_mode,
         expected_models=tuple(arguments.expect_models),

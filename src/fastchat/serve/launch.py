@@ -236,6 +236,7 @@ def _page_spec(
     flags = ["--host", arguments.web_host, "--port", str(ports.web), "--api-url", api_url]
     flags += [f"--expect-models={json.dumps(names)}"]
     flags += [f"--gradio-auth-path={arguments.gradio_auth_path.absolute()}"] if arguments.gradio_auth_path else []
+    flags += [f"--gradio-root-path={arguments.gradio_root_path}"] if arguments.gradio_root_path else []
     command = _command("gradio_web_server", flags)
     environment = {gradio_web_server.API_KEY_VARIABLE: page_key}
     return (ProcessSpec("page", lambda: command, stop_rank=0, is_essential=False, environment=environment),)

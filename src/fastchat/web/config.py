@@ -50,8 +50,14 @@ class PageConfig:
     def __post_init__(self) -> None:
         if self.max_answers is not None and self.max_answers < 1:
             raise ConfigError(f"--concurrency-count {self.max_answers} would answer nobody; give 1 or more.")
-        if self.root_path and not (self.root_path.startswith(("/", "http://", "https://"))):
-            raise ConfigError(f"--gradio-root-path {self.root_path!r} is no path; write it like /chat.")
+        parse_root_path(self.root_path)
+
+
+def parse_root_path(text: str) -> str:
+    """The path below which a proxy shows the page, or the whole URL, without a slash at its end. Empty for none."""
+    if text and not text.startswith(("/", "http://", "https://")):
+        raise ConfigError(f"{text!r} is no path of --gradio-root-path; write it like /chat.")
+    return text.rstrip("/")
 
 
 def read_accounts(path: Path) -> Accounts:
