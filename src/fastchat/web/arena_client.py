@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastchat.api.answer_reader import MAX_EVENT_BYTES
-from fastchat.errors import UnavailableError
+from fastchat.errors import FastChatError, UnavailableError
 from fastchat.web.api_client import ApiClient, Message
 
 SIDES = ("a", "b")
@@ -16,8 +16,9 @@ SIDES = ("a", "b")
 
 @dataclass(slots=True)
 class Round:
-    """One round as a browser's session holds it. The token is what may vote and go on."""
+    """One round as a browser's session holds it. The token is what may vote and go on; a blind one names no models."""
 
+    models: tuple[str, ...] = ()
     round_id: str = ""
     vote_token: str = field(default="", repr=False)
     can_vote: bool = False
@@ -29,7 +30,7 @@ class Side:
     """What has come of one side's answer."""
 
     text: str = ""
-    error: str | None = None
+    error: FastChatError | None = None
     finish_reason: str | None = None
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from fastchat.errors import FastChatError
+from fastchat.api.answer_reader import error_of
+from fastchat.errors import FastChatError, UnavailableError
 from fastchat.web import arena_client
 from fastchat.web.answering import Answerer
 from fastchat.web.api_client import ApiClient, Message
@@ -116,8 +117,6 @@ class ArenaTab:
         self.stop.click(None, js=f"() => window.fastchat.end('{kind}')", cancels=asked, **HIDDEN)
         for choice, button in self.votes.items():
             button.click(self._voting(choice), [self.round], [self.round, self.status, *self.heads], **HIDDEN)
-        for model in self.models:
-            model.input(Round, None, [self.round], **HIDDEN)  # other models, another round
         self.new_round.click(self.clear, None, shown, cancels=asked, **HIDDEN)
 
     async def ask(
@@ -173,6 +172,9 @@ class ArenaTab:
         is_retry: bool,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """One turn of both sides as it grows. `rest` is the two models and the settings."""
+        models = () if self._is_blind else tuple(rest[: len(SIDES)])
+        if models != the_round.models:  # others were chosen, or one is gone: another round
+            the_round = Round(models)
         try:
             path, body = self._request(sides, the_round, rest, is_retry=is_retry)
         except BadInputError as error:
@@ -227,7 +229,7 @@ def _take(event: Mapping[str, Any], answers: Mapping[str, Side], now: Round) -> 
         case "done" if side is not None:
             side.finish_reason = str(event.get("finish_reason"))
         case "error" if side is not None:
-            side.error = str((event.get("error") or {}).get("message") or "?")
+            side.error = error_of(event) or UnavailableError("The answer failed.")
         case "end":
             now.can_vote = bool(event.get("can_vote"))
 
@@ -240,8 +242,13 @@ def _panes(sides: Sequence[list[Message]], answers: Mapping[str, Side]) -> list[
 def _outcome(answers: Mapping[str, Side], now: Round, failures: Sequence[Failure], language: Language) -> str:
     texts = [failure.text(language) for failure in failures]
     texts += [
-        translate(language, "error_side", side=side.upper(), detail=answer.error)
+        translate(language, "error_side", side=side.upper(), detail=_reason(answer.error, side, language))
         for side, answer in answers.items()
         if answer.error is not None
     ]
     return "".join(notice(text, language) for text in texts) + (_READY if now.can_vote else "")
+
+
+def _reason(error: FastChatError, side: str, language: Language) -> str:
+    """Why a side has no answer, without the name of its model."""
+    return failure_of(error, translate(language, f"side_{side}")).text(language)
