@@ -17,7 +17,7 @@ from fastchat.web.answering import Answerer
 from fastchat.web.api_client import ApiClient, Message
 from fastchat.web.arena_client import SIDES, Round, Side
 from fastchat.web.chat_pane import chat_pane
-from fastchat.web.components import PlainDropdown
+from fastchat.web.components import AS_IT_IS, PlainDropdown, PlainHTML, PlainTextbox
 from fastchat.web.failures import BadInputError, Failure, failure_of
 from fastchat.web.questions import RawSettings, chat_request
 from fastchat.web.settings_fold import SettingsFold
@@ -47,7 +47,7 @@ class ArenaTab:
         with gr.Column(elem_id=f"{kind}-main", elem_classes="arena"):
             with gr.Row(elem_classes="sides"):
                 self.models, self.heads, self.panes = zip(*(self._side(side) for side in SIDES), strict=True)
-            self.status = gr.HTML(
+            self.status = PlainHTML(
                 "", elem_id=f"{kind}-status", elem_classes="status", js_on_load=None, apply_default_css=False
             )
             with gr.Row(elem_classes="votes"):
@@ -58,7 +58,7 @@ class ArenaTab:
                 self.retry = gr.Button(label("retry"), elem_id=f"{kind}-retry", size="sm")
                 self.new_round = gr.Button(label("new_round"), elem_id=f"{kind}-new", size="sm")
             with gr.Row(elem_classes="composer"):
-                self.box = gr.Textbox(
+                self.box = PlainTextbox(
                     label=label("message"),
                     placeholder=label("battle_placeholder" if self._is_blind else "message_placeholder"),
                     show_label=False,
@@ -86,7 +86,7 @@ class ArenaTab:
                 elem_id=name,
                 elem_classes="model-choice",
             )
-            head = gr.HTML(
+            head = PlainHTML(
                 "",
                 elem_id=f"{self._kind}-name-{side}",
                 elem_classes="side-name",
@@ -193,9 +193,9 @@ class ArenaTab:
 
         async with aclosing(self._answerer.updates(read, failures.append, "")) as updates:
             async for _ in updates:
-                yield gr.skip(), *_panes(sides, answers), now, *(gr.skip(),) * 3
+                yield AS_IT_IS, *_panes(sides, answers), now, *(AS_IT_IS,) * 3
         status = _outcome(answers, now, failures, language)
-        yield gr.skip(), *_panes(sides, answers), now, status, gr.skip(), gr.skip()
+        yield AS_IT_IS, *_panes(sides, answers), now, status, AS_IT_IS, AS_IT_IS
 
     def _request(
         self, sides: Sequence[list[Message]], the_round: Round, rest: Sequence[Any], *, is_retry: bool

@@ -16,7 +16,7 @@ import gradio as gr
 from fastchat.web.answering import Answer, Answerer
 from fastchat.web.api_client import AnswerMark, Message
 from fastchat.web.chat_pane import chat_pane
-from fastchat.web.components import PlainDropdown
+from fastchat.web.components import AS_IT_IS, PlainDropdown, PlainHTML, PlainTextbox
 from fastchat.web.failures import BadInputError
 from fastchat.web.judging import JudgeButtons
 from fastchat.web.questions import RawSettings, chat_request
@@ -26,7 +26,7 @@ from fastchat.web.status_line import HIDDEN, notice
 from fastchat.web.translation import Language, label, language_of, translate
 
 Update = tuple[Any, Any, Any]
-"""Message box, conversation and status line; each a value or Gradio's mark for "as it is"."""
+"""Message box, conversation and status line; each a value or a mark for "as it is"."""
 
 
 class ChatTab:
@@ -63,9 +63,9 @@ class ChatTab:
                     placeholder=label("welcome"),
                 )
                 self._judging.build()
-                self.status = gr.HTML("", elem_id="status", js_on_load=None, apply_default_css=False)
+                self.status = PlainHTML("", elem_id="status", js_on_load=None, apply_default_css=False)
                 with gr.Row(elem_id="composer"):
-                    self.box = gr.Textbox(
+                    self.box = PlainTextbox(
                         label=label("message"),
                         placeholder=label("message_placeholder"),
                         show_label=False,
@@ -134,10 +134,10 @@ class ChatTab:
             box: Any = ""
             async for pane, status in updates:
                 if pane is None:  # refused before anything was sent: the message stays where it was written
-                    yield gr.skip(), gr.skip(), status
+                    yield AS_IT_IS, gr.skip(), status
                 else:
                     yield box, pane, status
-                    box = gr.skip()
+                    box = AS_IT_IS
 
     async def answer_again(
         self, turns: list[Message], event: gr.RetryData, request: gr.Request, *settings: Any
@@ -171,7 +171,7 @@ class ChatTab:
     ) -> AsyncGenerator[Update, None]:
         async with aclosing(self._answer(turns, settings, language_of(request))) as updates:
             async for pane, status in updates:
-                yield gr.skip(), (gr.skip() if pane is None else pane), status
+                yield AS_IT_IS, (gr.skip() if pane is None else pane), status
 
     async def _answer(
         self, turns: list[Message], settings: Sequence[Any], language: Language
@@ -208,12 +208,12 @@ def _shown(answer: Answer, model: str) -> list[Message]:
     return [Message("assistant", answer.text, AnswerMark(answer_id, model) if answer_id else None)]
 
 
-def _status(answer: Answer, language: Language) -> Any:  # Any: HTML, or Gradio's mark for "as it is"
+def _status(answer: Answer, language: Language) -> Any:  # Any: HTML, or the mark for "as it is"
     if answer.failure is not None:
         return notice(answer.failure.text(language), language, can_retry=True)
     facts = answer.facts
     if facts.finish_reason is None:
-        return gr.skip()
+        return AS_IT_IS
     cut_off = (
         notice(translate(language, "cut_off"), language, can_retry=False) if facts.finish_reason == "length" else ""
     )
