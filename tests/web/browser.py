@@ -22,6 +22,18 @@ WIDE = {"width": 1280, "height": 800}
 LIMIT_MS = 60_000
 
 
+COUNT_ANSWERS = """
+window.numAnswered = 0;
+document.addEventListener("DOMContentLoaded", () => new MutationObserver((changes) => {
+  const classes = [...changes.map((change) => change.oldValue ?? ""), document.body.className];
+  classes.forEach((now, at) => {
+    if (at > 0 && /answering/.test(classes[at - 1]) && !/answering/.test(now)) window.numAnswered += 1;
+  });
+}).observe(document.body, { attributes: true, attributeFilter: ["class"], attributeOldValue: true }));
+"""
+"""An answer may begin and end between two looks at the page."""
+
+
 class Visit:
     """One browser window, with an empty storage, on the page."""
 
@@ -30,6 +42,7 @@ class Visit:
         self.url = url
         self.complaints: list[str] = []
         page.set_default_timeout(LIMIT_MS)
+        page.add_init_script(COUNT_ANSWERS)
         page.on("console", self._note_console)
         page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
         page.on("request", self._note_request)
@@ -62,10 +75,16 @@ class Visit:
 
     def ask(self, text: str) -> str:
         """Send a message, wait for the whole answer, return it."""
-        self.send(text)
-        self.page.locator("body.answering").wait_for()
-        self.wait_until_answered()
+        with self.answering():
+            self.send(text)
         return self.answers()[-1]
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """What is done in the block begins an answer, or a pair; at its end that has been given."""
+        num_before = self.page.evaluate("window.numAnswered")
+        yield
+        self.page.wait_for_function("number => window.numAnswered > number", arg=num_before, timeout=90_000)
 
     def wait_until_answered(self) -> None:
         self.page.locator("body:not(.answering)").wait_for(timeout=60_000)
@@ -79,8 +98,8 @@ class Visit:
     def titles(self) -> list[str]:
         return self.page.locator("#conversation-list .conversation").all_inner_texts()
 
-    def choose_model(self, name: str) -> None:
-        self.page.locator("#model input").click()
+    def choose_model(self, name: str, selector: str = "model") -> None:
+        self.page.locator(f"#{selector} input").click()
         self.page.get_by_role("option", name=re.compile(name)).click()
 
     def models(self) -> list[str]:
@@ -93,6 +112,12 @@ class Visit:
     def open_settings(self) -> None:
         self.page.locator("#settings button").first.click()
         self.page.locator("#temperature").wait_for()
+
+    def limit_tokens(self, kind: str, number: int) -> None:
+        """Few tokens for both sides, so that the model that never ends does."""
+        self.page.locator(f"#{kind}-settings button").first.click()
+        self.page.locator(f"#{kind}-max_tokens :is(textarea, input)").first.fill(str(number))
+        self.page.keyboard.press("Tab")
 
     def set_number(self, name: str, value: float | str) -> None:
         self.page.locator(f"#{name} input[type=number], #{name} textarea, #{name} input").first.fill(str(value))

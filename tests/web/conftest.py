@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import urllib.request
 
 import pytest
 from playwright.sync_api import sync_playwright
@@ -12,9 +14,11 @@ from tests.checkpoints import write_checkpoint
 from tests.processes import start_command
 from tests.system import running_system
 from tests.web.browser import FLAGS, SharedWindow
+from tests.web.proxy import below_path
 
 DEMO = "chatglm2-demo"
 ENDLESS = "endless"
+PAIR = ("demo-one", "demo-two")
 
 
 @pytest.fixture(scope="package")
@@ -61,6 +65,18 @@ def page_server(system):
 
 
 @pytest.fixture(scope="package")
+def served_below_a_path(tmp_path_factory):
+    """`fastchat serve` with the demo model under two names, where a proxy shows its page below /chat/."""
+    ports = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--web-port", "0")
+    models = [word for name in PAIR for word in ("--model-path", DEMO_MODEL, "--model-names", name)]
+    flags = (*ports, *models, "--gradio-root-path", "/chat/")
+    with start_command("launch", *flags, state_dir=tmp_path_factory.mktemp("serve")) as serving:
+        url = serving.wait_for_line(r"^  page    (http://\S+)$", limit_s=90)[1]
+        with below_path("/chat", url) as proxy_url:
+            yield proxy_url
+
+
+@pytest.fixture(scope="package")
 def window(browser, page_server):
     """One window for all tests that need no special one."""
     window = SharedWindow(browser, page_server.url)
@@ -73,3 +89,19 @@ def visit(window):
     """The page as somebody sees it who comes for the first time."""
     with window.visiting() as visit:
         yield visit
+
+
+@pytest.fixture
+def num_running(system):
+    """How many sequences the worker computes now, from its own metrics."""
+    token = (system.state_dir / "cluster-token").read_text().strip()
+    request = urllib.request.Request(system.worker.url + "/metrics", headers={"Authorization": f"Bearer {token}"})
+
+    def count():
+        with urllib.request.urlopen(request) as answer:
+            text = answer.read().decode()
+        values = re.findall(r"^fastchat_num_requests_(?:running|waiting)\S* (\S+)$", text, re.MULTILINE)
+        assert values
+        return sum(float(value) for value in values)
+
+    return count

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fastchat.web.leaderboard_tab import board_html
+from tests.web.browser import visiting
 from tests.web.conftest import DEMO, ENDLESS
 
 HELLO = "Hello! What is your name?"
 
 
+def open_tab(visit, kind):
+    """By the address, as FastChat had it."""
+    if kind == "battle":
+        visit.open("/?arena")
+    else:
+        visit.open("/?compare")
+        visit.wait_for(lambda: visit.page.input_value("#compare-model-b input") == ENDLESS, what="two models")
+
+
 def ask(visit, kind, text):
     """Send to both and wait for both answers."""
     visit.page.fill(f"#{kind}-message textarea", text)
-    visit.page.keyboard.press("Enter")
-    visit.page.locator(f"body.answering-{kind}").wait_for()
-    visit.page.locator(f"body:not(.answering-{kind})").wait_for(timeout=90_000)
+    with visit.answering():
+        visit.page.keyboard.press("Enter")
     return [visit.page.locator(f"#{kind}-pane-{side} [data-testid=bot]").all_inner_texts() for side in "ab"]
-
-
-def limit_tokens(visit, kind, number):
-    """Few tokens, so that the model that never ends does."""
-    visit.page.locator(f"#{kind}-settings button").first.click()
-    visit.page.locator(f"#{kind}-max_tokens :is(textarea, input)").first.fill(str(number))
-    visit.page.keyboard.press("Tab")
 
 
 def test_two_named_models_answer_side_by_side_and_are_voted_on(visit):
     """Both answers stream, a vote counts once, and the next message is a new round."""
-    visit.open("/?compare")
-    visit.wait_for(lambda: visit.page.input_value("#compare-model-b input") == ENDLESS, what="two models")
+    open_tab(visit, "compare")
     assert visit.page.input_value("#compare-model-a input") == DEMO
-    limit_tokens(visit, "compare", 20)
+    visit.limit_tokens("compare", 20)
     (first,), (second,) = ask(visit, "compare", HELLO)
     assert first
     assert second
@@ -41,17 +44,66 @@ def test_two_named_models_answer_side_by_side_and_are_voted_on(visit):
     assert [len(answers) for answers in ask(visit, "compare", HELLO)] == [1, 1]
 
 
+@pytest.mark.parametrize("kind", ["compare", "battle"])
+def test_stop_ends_both_answers_on_the_worker(visit, num_running, kind):
+    """What came stays, nobody can vote on half an answer, and asking again completes the round."""
+    open_tab(visit, kind)
+    visit.page.fill(f"#{kind}-message textarea", HELLO)
+    visit.page.keyboard.press("Enter")
+    answers = visit.page.locator(f"#{kind}-main [data-testid=bot]")
+    visit.wait_for(lambda: answers.count() == 2, what="both have begun")
+    visit.page.click(f"#{kind}-stop")
+    visit.page.locator(f"body:not(.answering-{kind})").wait_for()
+    visit.wait_for(lambda: num_running() == 0, what="the worker's running count is 0")
+    assert all(text.strip() for text in answers.all_inner_texts())
+    assert not visit.page.locator(f"#{kind}-vote-a").is_visible()
+    visit.limit_tokens(kind, 5)
+    visit.page.click(f"#{kind}-retry")
+    visit.page.locator(f"#{kind}-vote-a").wait_for()
+    assert answers.count() == 2
+
+
+def test_a_phone_shows_both_sides_and_the_leaderboard(browser, page_server):
+    """390 pixels: answers, votes, message box and table within the width, and the votes within reach."""
+    with visiting(browser, page_server.url, viewport={"width": 390, "height": 800}) as visit:
+        for kind in ("compare", "battle"):
+            open_tab(visit, kind)
+            visit.limit_tokens(kind, 5)
+            visit.page.locator(f"#{kind}-settings button").first.click()
+            ask(visit, kind, HELLO)
+            parts = [f"#{kind}-pane-a", f"#{kind}-pane-b", f"#{kind}-message", f"#{kind}-send"]
+            for part in [*parts, *(f"#{kind}-vote-{vote}" for vote in ("a", "b", "tie", "both_bad"))]:
+                assert_within(visit, part, width=390, height=800)
+            for side in "ab":
+                assert visit.page.locator(f"#{kind}-pane-{side} [data-testid=bot]").bounding_box()["height"] > 0
+                assert visit.page.locator(f"#{kind}-pane-{side}").bounding_box()["height"] > 120
+            visit.page.click(f"#{kind}-vote-tie")
+            visit.page.locator(f"#{kind}-main .voted").wait_for()
+        visit.open("/?leaderboard")
+        visit.page.locator("#leaderboard table").wait_for()
+        assert_within(visit, "#leaderboard-main", width=390, height=10_000)
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def assert_within(visit, part, *, width, height):
+    box = visit.page.locator(part).first.bounding_box()
+    assert box, part
+    assert box["x"] >= 0, (part, box)
+    assert box["x"] + box["width"] <= width + 1, (part, box)
+    assert box["y"] >= 0, (part, box)
+    assert box["y"] + box["height"] <= height + 1, (part, box)
+
+
 def test_a_blind_battle_tells_the_names_after_the_vote(visit):
     """Before it neither the page nor what the browser was sent for this round names a side."""
     visit.open("/?arena")
-    limit_tokens(visit, "battle", 20)
+    visit.limit_tokens("battle", 20)
     ask(visit, "battle", HELLO)
     assert not visit.page.locator("#battle-model-a").is_visible()
     names = [visit.page.locator(f"#battle-name-{side}") for side in "ab"]
     assert [name.inner_text().strip() for name in names] == ["", ""]
-    visit.page.click("#battle-retry")
-    visit.page.locator("body.answering-battle").wait_for()
-    visit.page.locator("body:not(.answering-battle)").wait_for(timeout=90_000)
+    with visit.answering():
+        visit.page.click("#battle-retry")
     visit.page.click("#battle-vote-tie")
     visit.page.locator("#battle-main .voted").wait_for()
     assert sorted(name.inner_text().strip() for name in names) == [DEMO, ENDLESS]
@@ -62,7 +114,7 @@ def test_a_blind_battle_tells_the_names_after_the_vote(visit):
 def test_the_leaderboard_shows_scores_and_intervals(visit):
     """After a vote, both models, with a plot of as many intervals."""
     visit.open("/?arena")
-    limit_tokens(visit, "battle", 5)
+    visit.limit_tokens("battle", 5)
     ask(visit, "battle", HELLO)
     visit.page.click("#battle-vote-both_bad")
     visit.page.locator("#battle-main .voted").wait_for()

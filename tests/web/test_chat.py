@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.request
-
-import pytest
 
 from tests.processes import run_command
 from tests.system import MODEL_NAME
 from tests.web.conftest import DEMO, ENDLESS
 
 HELLO = "Hello! What is your name?"
-
-
-@pytest.fixture
-def num_running(system):
-    """How many sequences the worker computes now, from its own metrics."""
-    token = (system.state_dir / "cluster-token").read_text().strip()
-    request = urllib.request.Request(system.worker.url + "/metrics", headers={"Authorization": f"Bearer {token}"})
-
-    def count():
-        with urllib.request.urlopen(request) as answer:
-            text = answer.read().decode()
-        values = re.findall(r"^fastchat_num_requests_(?:running|waiting)\S* (\S+)$", text, re.MULTILINE)
-        assert values
-        return sum(float(value) for value in values)
-
-    return count
 
 
 def begin_endless_answer(visit):
@@ -71,9 +52,8 @@ def test_a_closed_tab_ends_the_answer_on_the_worker(visit, num_running):
 def test_retry_answers_the_same_question_again(visit):
     """One question, one answer, before and after."""
     visit.ask(HELLO)
-    visit.page.locator("#chat [aria-label='Answer again']").click()
-    visit.page.locator("body.answering").wait_for()
-    visit.wait_until_answered()
+    with visit.answering():
+        visit.page.locator("#chat [aria-label='Answer again']").click()
     assert visit.questions() == [HELLO]
     assert len(visit.answers()) == 1
 
@@ -103,9 +83,9 @@ def test_an_answer_is_judged_once_and_stays_judged(visit, system):
     printed = run_command("main", "votes", state_dir=system.state_dir).stdout.splitlines()
     kept = [line for line in map(json.loads, printed) if line["type"] == "feedback"]
     assert [(line["model"], line["vote"]) for line in kept[-1:]] == [(DEMO, "down")]
-    visit.page.locator("#chat [aria-label='Answer again']").click()
+    with visit.answering():
+        visit.page.locator("#chat [aria-label='Answer again']").click()
     visit.page.locator("#judge-down[aria-pressed=false]").wait_for()
-    visit.wait_until_answered()
     assert up.is_enabled()
 
 
@@ -115,9 +95,8 @@ def test_an_edited_message_is_answered_anew(visit):
     visit.ask("Who made you?")
     visit.page.locator("#chat [aria-label='Edit']").first.click()
     visit.page.locator("#chat [data-testid=user] textarea, #chat .user-row textarea").fill("Tell me a joke.")
-    visit.page.locator("#chat [aria-label='Send the changed message']").click()
-    visit.page.locator("body.answering").wait_for()
-    visit.wait_until_answered()
+    with visit.answering():
+        visit.page.locator("#chat [aria-label='Send the changed message']").click()
     assert visit.questions() == ["Tell me a joke."]
     assert len(visit.answers()) == 1
 

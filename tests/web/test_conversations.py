@@ -98,7 +98,6 @@ def test_other_files_are_refused_readably(visit, tmp_path):
 def test_text_comes_back_as_it_was_written(visit, tmp_path):
     """Tabs, indentation, blank lines and angle brackets survive the server, the storage and an export."""
     text = "if x:\n\tif y:\n\t    return <b>1</b>\n\n\n    end  &lt; &"
-    visit.send(text)
-    visit.page.locator("body.answering").wait_for()
-    visit.wait_until_answered()
+    with visit.answering():
+        visit.send(text)
     assert exported(visit, tmp_path)["conversations"][0]["messages"][0]["content"] == text

@@ -10,12 +10,13 @@ import pytest
 
 from fastchat.errors import ConfigError
 from fastchat.serve.gradio_web_server import create_page_parser, page_config
-from tests.processes import run_command, start_command
+from tests.processes import free_port, run_command, start_command
 from tests.web.browser import visiting
 from tests.web.canary import call
-from tests.web.conftest import DEMO, ENDLESS
+from tests.web.conftest import DEMO, ENDLESS, PAIR
 
 HELLO = "Hello! What is your name?"
+CHINESE_FREE = re.compile(r"[A-Za-z]{3,}[^\u4e00-\u9fff]{20,}")  # an English sentence in a Chinese page
 READY_LIMIT_S = 30.0
 """Ten on a machine that does nothing else."""
 
@@ -63,17 +64,21 @@ def login(port, name, password):
 
 def test_fastchat_s_flags_start_a_page_with_accounts(browser, tmp_path):
     """A FastChat command line starts in time, with the API server looked for on the controller's machine. Without a
-    name and its password nothing can be asked; with them everything.
+    name and its password nothing can be asked; with them everything. A model that is still loading says so.
     """
     (tmp_path / "accounts").write_text("alice:correct horse\nbob:geheim,carol:密码\n", encoding="utf-8")
     flags = ("--controller-url", "http://127.0.0.1:21001", "--concurrency-count", "10", "--model-list-mode", "reload")
-    flags += ("--gradio-auth-path", str(tmp_path / "accounts"))
-    began = time.monotonic()
-    with start_command("gradio_web_server", "--port", "0", *flags, state_dir=tmp_path) as page:
+    assert page_config(create_page_parser().parse_args(flags)).api_url == "http://127.0.0.1:8000"
+    flags += ("--gradio-auth-path", str(tmp_path / "accounts"), "--expect-models", '["later"]')
+    controller = ("--controller-address", f"http://127.0.0.1:{free_port()}")
+    with (
+        start_command("openai_api_server", "--port", "0", *controller, state_dir=tmp_path) as api,
+        start_command("gradio_web_server", "--port", "0", *flags, "--api-url", api.url, state_dir=tmp_path) as page,
+    ):
+        began = time.monotonic()
         port = page.port
         assert call(port, "GET", "/").status == 200
         assert time.monotonic() - began < READY_LIMIT_S
-        page.wait_for_line(r"api_url=http://127.0.0.1:8000")
         page.wait_for_line("--host 0.0.0.0 opens the page to your network")
         body = b'{"data": [], "fn_index": 0, "session_hash": "a"}'
         for name, password in (("alice", "wrong"), ("nobody", "correct horse"), ("bob", "correct horse")):
@@ -98,11 +103,36 @@ def test_fastchat_s_flags_start_a_page_with_accounts(browser, tmp_path):
             visit.complaints = [
                 each for each in visit.complaints if not each.startswith(("401", "error: Failed to load"))
             ]
+            sees_what_is_waited_for(visit, api)
         assert "correct horse" not in page.log
 
 
-def test_a_model_appears_and_dies_in_the_middle_of_an_answer(visit, system, endless_model):
-    """The selector follows without a reload; the page says what happened, what came stays, and the next try works."""
+def sees_what_is_waited_for(visit, api):
+    """The model that was announced and is not served, and then an API server that is gone."""
+    visit.page.get_by_text("later: still loading. This page shows it as soon as it is ready.").wait_for()
+    assert visit.models() == ["later (loading)"]
+    visit.send(HELLO)
+    visit.wait_for_notice("later is still loading; try again in a moment.")
+    assert visit.page.input_value("#message textarea") == HELLO
+    api.kill()
+    visit.page.get_by_text("The API server does not answer").wait_for()
+
+
+def test_the_page_says_that_no_model_is_served(visit):
+    """The browser follows what it is told: nothing any more, then a model again."""
+    told = {"models": [], "loading": [], "is_reachable": True}
+    visit.page.route("**/page/models", lambda route: route.fulfill(json=told))
+    visit.page.get_by_text("No model is served yet").wait_for()
+    visit.send(HELLO)
+    visit.wait_for_notice("No model is chosen")
+    visit.page.unroute("**/page/models")
+    visit.wait_for(lambda: visit.models() == [DEMO, ENDLESS], what="the models are back")
+
+
+def test_a_model_appears_and_dies_in_the_middle_of_an_answer(visit, browser, page_server, system, endless_model):
+    """The selectors follow without a reload; the page says what happened, what came stays, and the next try works.
+    Beside another model, that one's answer is whole and the dead one's side says why it is not.
+    """
     controller = f"http://127.0.0.1:{system.controller_flags[1]}"
     flags = ("--controller-address", controller, "--model-path", endless_model, "--model-names", "second")
     with start_command("model_worker", "--port", "0", *flags, state_dir=system.state_dir) as second:
@@ -110,7 +140,22 @@ def test_a_model_appears_and_dies_in_the_middle_of_an_answer(visit, system, endl
         visit.choose_model("second")
         visit.send(HELLO)
         visit.page.locator("#chat [data-testid=bot]").first.wait_for()
-        second.kill()
+        with visiting(browser, page_server.url, locale="zh-CN") as other:
+            other.open("/?compare")
+            other.choose_model("second", "compare-model-b")
+            other.page.fill("#compare-message textarea", HELLO)
+            other.page.keyboard.press("Enter")
+            other.page.locator("#compare-pane-b [data-testid=bot]").wait_for()
+            second.kill()
+            other.page.locator("#compare-status .notice", has_text="模型 B：").wait_for()
+            other.page.locator("body:not(.answering-compare)").wait_for()
+            assert "ChatGLM2-Demo" in other.page.locator("#compare-pane-a [data-testid=bot]").inner_text()
+            assert not CHINESE_FREE.search(other.page.locator("#compare-status").inner_text())
+            assert not other.page.locator("#compare-vote-a").is_visible()
+            other.wait_for(lambda: "second" not in other.page.input_value("#compare-model-b input"), what="it is gone")
+            other.limit_tokens("compare", 5)
+            other.page.click("#compare-retry")
+            other.page.locator("#compare-vote-a").wait_for()
         visit.wait_for_notice(re.compile("worker was lost|No worker can answer"))
     visit.wait_until_answered()
     assert visit.answers()[0].strip()
@@ -122,10 +167,9 @@ def test_a_model_appears_and_dies_in_the_middle_of_an_answer(visit, system, endl
     visit.wait_until_answered()
 
 
-def test_fastchat_serve_starts_the_page_too(browser, tmp_path):
-    """One command to the page, named in the block that says what to do; `--no-web` leaves it out."""
-    ports = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--web-port", "0")
-    with start_command("launch", *ports, state_dir=tmp_path) as serving:
-        url = serving.wait_for_line(r"^  page    (http://\S+)$", limit_s=90)[1]
-        with visiting(browser, url) as visit:
-            assert visit.open().ask(HELLO)
+def test_fastchat_serve_starts_the_page_too(browser, served_below_a_path):
+    """One command to the page, named in the block that says what to do, also where a proxy shows it below a path."""
+    with visiting(browser, served_below_a_path) as visit:
+        visit.open(f"/chat/?model={PAIR[1]}")
+        assert "ChatGLM2-Demo" in visit.ask(HELLO)
+        assert visit.models() == list(PAIR)

@@ -124,9 +124,8 @@ def test_the_page_can_be_used_without_a_mouse(visit):
     visit.page.keyboard.type("two")
     visit.page.keyboard.press("Tab")
     assert visit.page.evaluate("document.activeElement.id") == "send"
-    visit.page.keyboard.press("Enter")
-    visit.page.locator("body.answering").wait_for()
-    visit.wait_until_answered()
+    with visit.answering():
+        visit.page.keyboard.press("Enter")
     assert visit.questions() == ["one\ntwo"]
 
 
