@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from fastchat.config import read_environment
+from fastchat.models.checkpoint import Checkpoint
 from fastchat.serve.demo_model import DEMO_MODEL
 from fastchat.serve.http_server import Listeners
 from fastchat.serve.launch import (
     Ports,
-    ServedFolder,
     ServedWorker,
     create_serve_parser,
     process_specs,
@@ -31,6 +31,7 @@ from fastchat.serve.launch import (
 from fastchat.serve.model_worker import create_model_worker_parser
 from fastchat.serve.openai_api_server import create_api_server_parser
 from fastchat.serve.worker_arguments import worker_config
+from fastchat.worker.model_groups import ModelGroup
 from tests.checkpoints import write_checkpoint
 from tests.processes import ServerProcess
 
@@ -301,8 +302,8 @@ def test_two_models_of_one_name_are_refused(folders, tmp_path):
         assert serving.log == f"error: Two models are named {NAMES[0]!r}; give each its own with --model-names."
 
 
-FOLDER = ServedFolder(path=DEMO_MODEL, names=("a", "b"), conv_template=None)
-WORKER = ServedWorker((FOLDER,), memory_flags=("--max-gpu-memory=123",))
+GROUP = ModelGroup(Checkpoint.open(DEMO_MODEL), ("a", "b"), None)
+WORKER = ServedWorker((GROUP,), memory_flags=("--max-gpu-memory=123",))
 FLAGS = [
     *("--device", "cpu", "--dtype", "float32", "--max-gpu-memory", "13GiB", "--kv-cache-memory", "1GiB"),
     *("--max-context", "2048", "--max-batch-tokens", "64", "--engine-process", "thread", "--limit-worker", "5"),
@@ -330,7 +331,7 @@ def test_worker_s_flags_are_handed_on():
     there = create_model_worker_parser().parse_args(command_of("worker", arguments))
     listeners = Listeners("localhost", 3, ())
     environment = read_environment({"FASTCHAT_CLUSTER_TOKEN": "t" * 32})
-    config = worker_config(there, environment, listeners, (FOLDER,))
+    config = worker_config(there, environment, listeners, (GROUP,))
     engine = config.engine
     assert (engine.device, engine.dtype, engine.engine_place) == ("cpu", "float32", "thread")
     assert (engine.max_device_bytes, engine.kv_cache_bytes) == (123, 2**30)  # its share of the 13 GiB

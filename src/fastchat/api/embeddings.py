@@ -119,6 +119,7 @@ class EmbeddingAnswer:
                 sampling=SamplingParams(max_tokens=0),
                 cache_salt=cache_salt(self._context, None),
                 priority=self._context.priority,
+                adapter=self._model.adapter,
                 wants_embedding=True,
             )
             for index, token_ids in enumerate(self._inputs)

@@ -174,6 +174,7 @@ class Generation:
                 emitted_token_ids=choice.plan.emitted_token_ids,
                 cache_salt=self._cache_salt,
                 priority=self._context.priority,
+                adapter=self._model.adapter,
             )
             for sequence_id, choice in self._by_sequence_id.items()
         ]

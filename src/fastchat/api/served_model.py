@@ -38,7 +38,8 @@ class ServedModel:
     """One engine with its tokenizer. `max_context` in tokens; `created` in seconds since 1970.
 
     `stream_interval` is how many tokens an event waits for. `default_seed` serves requests without a seed of their own.
-    `truncates_embedding_input` cuts inputs that are too long, because the operator asked for it.
+    `truncates_embedding_input` cuts inputs that are too long, because the operator asked for it. `adapter` names one of
+    the engine's, and `base_name` is then its base's; "" is the model itself.
     """
 
     names: tuple[str, ...]
@@ -51,7 +52,14 @@ class ServedModel:
     stream_interval: int = 1
     default_seed: int | None = None
     truncates_embedding_input: bool = False
+    adapter: str = ""
+    base_name: str = ""
     sequences: OpenSequences = field(default_factory=OpenSequences)
+
+    @property
+    def engine_name(self) -> str:
+        """What its engine is called."""
+        return self.base_name or self.names[0]
 
 
 class ServedModels:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastchat.engine.adapters import AdapterHost, AdapterTable
 from fastchat.engine.client import EngineLimits
 from fastchat.engine.drafting import Drafter
 from fastchat.engine.engine_config import EngineConfig, default_block_size, max_drafted_rows, max_useful_blocks
@@ -29,12 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs many sequences over one model. Not thread-safe."""
+    """Runs many sequences over one model, and over its `adapters` where it has a side for them. Not thread-safe."""
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: EngineConfig, host: AdapterHost | None = None) -> None:
+        self.adapters = AdapterTable(host)
         block_size = config.block_size or default_block_size(model.device.type)
         num_blocks = _num_blocks(model, config, block_size)
-        self._runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size, on_layer=self._note_layer)
+        self._runner = ModelRunner(
+            model, num_blocks=num_blocks, block_size=block_size, on_layer=self._note_layer, host=host
+        )
         self._sampler = Sampler(self._runner.vocab_size)
         self._scheduler = Scheduler(
             BlockPool(num_blocks, block_size),
@@ -106,13 +110,21 @@ class Engine:
             num_accepted_tokens=self._scheduler.drafter.num_accepted_tokens,
         )
 
-    def add(self, request: SequenceRequest) -> None:
-        """Let a sequence wait for its turn. `EngineClient.submit` has checked it against `limits`."""
+    def add(self, request: SequenceRequest) -> SequenceEvent | None:
+        """Let a sequence wait for its turn. `EngineClient.submit` has checked it against `limits`.
+
+        The event is the end of one whose adapter is not there (any more).
+        """
         assert request.sequence_id not in self._sequences, f"{request.sequence_id} was submitted twice"
-        sequence = Sequence(request, self._num_arrivals)
+        adapter = self.adapters.find(request.adapter)
+        if adapter is None and request.adapter:
+            error = f"the adapter {request.adapter!r} was removed"
+            return SequenceEvent(request.sequence_id, finish_reason=FinishReason.ERROR, error=error)
+        sequence = Sequence(request, self._num_arrivals, adapter)
         self._num_arrivals += 1
         self._sequences[request.sequence_id] = sequence
         self._scheduler.add(sequence)
+        return None
 
     def abort(self, sequence_id: str) -> SequenceEvent | None:
         """End a sequence now; its blocks are free on return. None for an unknown or finished one."""

@@ -72,7 +72,8 @@ class EngineLoop:
         while command is not None and not self._has_stopped:
             match command:
                 case SequenceRequest():
-                    self._engine.add(command)
+                    event = self._engine.add(command)
+                    events += [] if event is None else [event]
                 case Abort(sequence_id):
                     event = self._engine.abort(sequence_id)
                     events += [] if event is None else [event]

@@ -23,8 +23,8 @@ class SequenceRequest:
 
     `emitted_token_ids` are answer ids that an earlier engine already gave out: the sequence goes on after them, and
     `sampling.max_tokens` still counts them. `cache_salt` separates the prefix caches of tenants. A lower `priority`
-    runs first. With `wants_embedding` the prompt is computed, its mean hidden state is returned, and nothing is
-    generated.
+    runs first. `adapter` names one of the engine's adapters; "" is the model itself. With
+    `wants_embedding` the prompt is computed, its mean hidden state is returned, and nothing is generated.
     """
 
     sequence_id: str
@@ -34,6 +34,7 @@ class SequenceRequest:
     cache_salt: str = ""
     priority: int = 0
     wants_embedding: bool = False
+    adapter: str = ""
 
     @property
     def has_ended(self) -> bool:

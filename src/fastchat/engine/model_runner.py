@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from fastchat.engine.adapters import AdapterHost, AdapterRows
 from fastchat.engine.attention import (
     ATTENTION_NAME,
     AttentionStep,
@@ -45,7 +46,13 @@ class ModelRunner:
     """Holds the model and the KV cache tensors of one engine."""
 
     def __init__(
-        self, model: PreTrainedModel, *, num_blocks: int, block_size: int, on_layer: Callable[[], None]
+        self,
+        model: PreTrainedModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        on_layer: Callable[[], None],
+        host: AdapterHost | None = None,
     ) -> None:
         AttentionInterface.register(ATTENTION_NAME, paged_attention)
         AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
@@ -55,6 +62,7 @@ class ModelRunner:
         self._decoder = model.get_decoder()
         self._output_head = model.get_output_embeddings()
         self._on_layer = on_layer
+        self._host = host
         self._kernel = _kernel_for(self.device, model.dtype)
         self._max_logits_rows = max_logits_rows(self.device.type)
         shape = KVShape.of(model)
@@ -71,6 +79,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepOutput:
         """Compute the batch's tokens; their keys and values are in the cache afterwards."""
+        batch = _grouped_by_adapter(batch)
         token_ids: list[int] = []
         positions: list[int] = []
         slot_numbers: list[int] = []
@@ -91,6 +100,8 @@ class ModelRunner:
             padded_blocks=self._padded_blocks(spans) if self._kernel is attend_padded else None,
             queries=native_queries(spans, slots, self._cache.block_size) if self._kernel is attend_native else None,
         )
+        if self._host is not None:
+            self._host.use(_adapter_rows(batch, spans))
         hidden_states = self._decoder(
             input_ids=torch.tensor([token_ids], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
@@ -174,6 +185,30 @@ class KVShape:
     def bytes_per_token(self) -> int:
         """Keys and values of all layers for one token."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_element
+
+
+def _grouped_by_adapter(batch: ScheduledBatch) -> ScheduledBatch:
+    """The rows of one adapter side by side, so that each takes one product; the model's own rows come first."""
+    if all(item.sequence.adapter is None for item in batch.scheduled):
+        return batch
+    return ScheduledBatch(tuple(sorted(batch.scheduled, key=_adapter_number)))
+
+
+def _adapter_number(item: ScheduledSequence) -> int:
+    return item.sequence.adapter.number if item.sequence.adapter is not None else 0
+
+
+def _adapter_rows(batch: ScheduledBatch, spans: list[SequenceSpan]) -> list[AdapterRows]:
+    """One entry for each adapter of a grouped batch."""
+    rows: list[AdapterRows] = []
+    for item, span in zip(batch.scheduled, spans, strict=True):
+        if item.sequence.adapter is None:
+            continue
+        change, start, stop = item.sequence.adapter.change, span.query_start, span.query_start + span.num_queries
+        if rows and rows[-1].change is change:
+            start = rows.pop().start
+        rows.append(AdapterRows(change, start, stop))
+    return rows
 
 
 def _kernel_for(device: torch.device, dtype: torch.dtype) -> Callable[[LayerInputs, AttentionStep], Tensor]:

@@ -227,9 +227,7 @@ class Scheduler:
             self.pool.publish(item.sequence.block_ids[index], item.sequence.block_hashes[index])
 
     def _extend_hashes(self, sequence: Sequence) -> None:
-        extend_block_hashes(
-            sequence.block_hashes, sequence.token_ids, self.pool.block_size, sequence.request.cache_salt
-        )
+        extend_block_hashes(sequence.block_hashes, sequence.token_ids, self.pool.block_size, sequence.cache_salt)
 
     def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks to add so that the first `num_tokens` tokens have a place."""

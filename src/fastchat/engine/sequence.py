@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from fastchat.engine.adapters import Adapter
 from fastchat.engine.events import FinishReason, SequenceRequest, TokenLogprobs
 from fastchat.engine.sampling_params import SamplingParams
 
@@ -28,6 +29,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter",
         "arrival",
         "block_hashes",
         "block_ids",
@@ -42,8 +44,9 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: SequenceRequest, arrival: int) -> None:
+    def __init__(self, request: SequenceRequest, arrival: int, adapter: Adapter | None = None) -> None:
         self.request = request
+        self.adapter = adapter
         self.arrival = arrival
         self.token_ids = [*request.prompt_token_ids, *request.emitted_token_ids]
         self.num_prompt_tokens = len(request.prompt_token_ids)
@@ -71,6 +74,11 @@ class Sequence:
     def sampling(self) -> SamplingParams:
         """How its next token is chosen."""
         return self.request.sampling
+
+    @property
+    def cache_salt(self) -> str:
+        """What separates its prefix cache from others': keys and values are those of one tenant and one adapter."""
+        return f"{self.adapter.number if self.adapter else 0}:{self.request.cache_salt}"
 
     @property
     def num_output_tokens(self) -> int:

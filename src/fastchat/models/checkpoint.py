@@ -152,7 +152,7 @@ def _finite(text: str) -> float:
 
 def _no_config_message(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
-        return f"{path}: an adapter (adapter_config.json) without a model; merge it into its base model first"
+        return f"{path}: an adapter (adapter_config.json) without a model; give its base, or merge it first"
     inner = sorted(folder.name for folder in path.iterdir() if (folder / "config.json").is_file())
     if inner:
         return f"{path}: no config.json here, but in its folder {inner[0]!r}; give that folder"

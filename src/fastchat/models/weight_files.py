@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,16 +62,16 @@ class WeightFiles:
         return frozenset(names)
 
 
-def find_weight_files(folder: Path) -> WeightFiles:
+def find_weight_files(folder: Path, layouts: Sequence[tuple[str, WeightFormat]] = LAYOUTS) -> WeightFiles:
     """The weights of a folder, each file whole. Raises `CheckpointError` naming the file and the remedy."""
-    for name, weight_format in LAYOUTS:
+    for name, weight_format in layouts:
         if (folder / name).is_file():
             is_index = name.endswith(".index.json")
             shards = _indexed_shards(folder / name) if is_index else (Shard(folder / name, None),)
             check = _check_safetensors if weight_format == "safetensors" else _check_bin
             return WeightFiles(weight_format, tuple(check(shard) for shard in shards))
     raise CheckpointError(
-        f"{folder}: no weights (none of {', '.join(name for name, _ in LAYOUTS)}); download the model's weight files"
+        f"{folder}: no weights (none of {', '.join(name for name, _ in layouts)}); download the model's weight files"
     )
 
 

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastchat.models.checkpoint import Checkpoint
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import add_refused_flag, create_parser, flag_type, run_command
 from fastchat.serve.demo_model import find_demo_model
 from fastchat.serve.terminal_arguments import EPILOG, add_session_flags, create_screen, run_session
 from fastchat.serve.worker_arguments import add_engine_flags, engine_spec, model_path, obey_early_flags
 from fastchat.worker.config import ModelSpec, WorkerConfig
+from fastchat.worker.model_groups import group_models
 
 MAX_NEW_TOKENS = 512
 
@@ -53,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.model_path = find_demo_model()
         sys.stderr.write("no model was given: this is the tiny demo; talk with a real one with --model-path FOLDER\n")
     config = _worker_config(arguments)
-    Checkpoint.open(config.models[0].path)
+    group_models(config.models)
     # torch and transformers take seconds to import: a flag or a folder that is refused is told before.
     from fastchat.terminal.local_talker import LocalTalker
     from fastchat.worker.loaded_model import open_models
 
     (model,) = open_models(config).models
-    return run_session(arguments, screen, LocalTalker(lambda: model.start(config)))
+    return run_session(arguments, screen, LocalTalker(lambda: model.start_last(config)))
 
 
 def _worker_config(arguments: argparse.Namespace) -> WorkerConfig:

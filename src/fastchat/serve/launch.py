@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import structlog
 
 from fastchat.cluster.watcher import TableWatcher
 from fastchat.config import PAGE_KEY_VARIABLE, config_file, internal_url, parse_port, read_environment
 from fastchat.errors import ConfigError, UnavailableError
-from fastchat.models.checkpoint import Checkpoint
 from fastchat.ops.key_store import STORE_FILE_NAME, has_keys, new_key
 from fastchat.ops.logs import configure_logging
 from fastchat.serve import controller, gradio_web_server, openai_api_server, worker_arguments
@@ -47,6 +45,7 @@ from fastchat.supervisor.service_manager import READY, STOPPING, tell_service_ma
 from fastchat.supervisor.supervisor import Outcome, ProcessSpec, Supervisor
 from fastchat.supervisor.worker_watch import WorkerWatch
 from fastchat.worker.memory_remedy import plan_or_refuse
+from fastchat.worker.model_groups import BASE_MARK, ModelGroup, group_models, planned_group
 
 INTERNAL_HOST = "localhost"
 """Only the API server is for others."""
@@ -55,25 +54,16 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ServedFolder:
-    """One model to serve."""
-
-    path: Path
-    names: tuple[str, ...]
-    conv_template: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class ServedWorker:
     """One worker process and its models; `memory_flags` tell it what is planned for it."""
 
-    folders: tuple[ServedFolder, ...]
+    groups: tuple[ModelGroup, ...]
     memory_flags: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names of its models."""
-        return tuple(name for folder in self.folders for name in folder.names)
+        return tuple(name for group in self.groups for name in group.all_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +186,9 @@ def process_specs(
     def worker_command(worker: ServedWorker, port: int) -> list[str]:
         address = ["--host", INTERNAL_HOST, "--port", str(port)]
         # The share comes last: it replaces the budget for all workers.
-        module = "model_worker" if len(worker.folders) == 1 else "multi_model_worker"
-        model_flags = [flag for folder in worker.folders for flag in _model_flags(folder)]
+        is_alone = len(worker.groups) == 1 and not worker.groups[0].adapters
+        module = "model_worker" if is_alone else "multi_model_worker"
+        model_flags = [flag for group in worker.groups for flag in _model_flags(group)]
         model_flags += _pin_flags(arguments, worker)
         return _command(module, [*model_flags, *address, *worker_flags, *worker.memory_flags])
 
@@ -283,27 +274,18 @@ def _served_workers(arguments: argparse.Namespace) -> list[ServedWorker]:
     """The models, looked at from outside: what can be told without torch is told before anything is started."""
     if not arguments.model_path:
         _use_demo(arguments)
-    specs = model_specs(arguments)
-    checkpoints = [Checkpoint.open(spec.path) for spec in specs]
-    folders = [
-        ServedFolder(checkpoint.path, spec.names or (checkpoint.name,), spec.conv_template)
-        for spec, checkpoint in zip(specs, checkpoints, strict=True)
-    ]
-    names = [name for folder in folders for name in folder.names]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
+    groups = group_models(model_specs(arguments))
+    names = [name for group in groups for name in group.all_names]
     for name in arguments.pin:
         if name not in names:
             raise ConfigError(f"--pin names {name!r}, but the models here are {', '.join(names)}.")
     engine = worker_arguments.engine_spec(arguments, max_running=arguments.limit_worker_concurrency)
-    named = [(folder.names[0], checkpoint) for folder, checkpoint in zip(folders, checkpoints, strict=True)]
-    plan = plan_or_refuse(named, engine, each_alone=True)
+    plan = plan_or_refuse([planned_group(group) for group in groups], engine, each_alone=True)
     if not plan.each_alone:
-        return [ServedWorker(tuple(folders), (f"{plan.budget.flag}={plan.budget.num_bytes}",))]
+        return [ServedWorker(groups, (f"{plan.budget.flag}={plan.budget.num_bytes}",))]
     return [
-        ServedWorker((folder,), (f"{plan.budget.flag}={plan.own_budget(share)}",))
-        for folder, share in zip(folders, plan.shares, strict=True)
+        ServedWorker((group,), (f"{plan.budget.flag}={plan.own_budget(share)}",))
+        for group, share in zip(groups, plan.shares, strict=True)
     ]
 
 
@@ -341,9 +323,18 @@ def _choose_ports(arguments: argparse.Namespace, num_workers: int) -> Ports:
         )
 
 
-def _model_flags(folder: ServedFolder) -> list[str]:
-    template = [f"--conv-template={folder.conv_template}"] if folder.conv_template is not None else []
-    return [f"--model-path={folder.path.absolute()}", f"--model-names={','.join(folder.names)}", *template]
+def _model_flags(group: ModelGroup) -> list[str]:
+    base = str(group.checkpoint.path.absolute())
+    served = [(base, group.names, group.conv_template)] if group.is_asked_for else []
+    served += [
+        (f"{base}{BASE_MARK}{adapter.folder.path.absolute()}", adapter.names, adapter.conv_template)
+        for adapter in group.adapters
+    ]
+    flags: list[str] = []
+    for path, names, template in served:
+        flags += [f"--model-path={path}", f"--model-names={','.join(names)}"]
+        flags += [f"--conv-template={template}"] if template is not None else []
+    return flags
 
 
 def _pin_flags(arguments: argparse.Namespace, worker: ServedWorker) -> list[str]:

@@ -9,15 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastchat.models.checkpoint import Checkpoint
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import create_parser, flag_type, run_command
 from fastchat.serve.worker_arguments import add_engine_flags, engine_spec, obey_early_flags, positive
-from fastchat.worker.config import EngineSpec
+from fastchat.worker.config import EngineSpec, ModelSpec
 from fastchat.worker.device_memory import DeviceMemory, find_device
 from fastchat.worker.memory_plan import MemoryPlan, ModelShare, plan_memory
 from fastchat.worker.memory_remedy import Remedy, find_remedy, gigabytes, refusal
-from fastchat.worker.model_needs import PlannedModel
+from fastchat.worker.model_groups import group_models, planned_group
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -54,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = create_plan_parser().parse_args(argv)
     configure_logging("plan", level="ERROR")
     obey_early_flags(arguments)
-    checkpoints = [Checkpoint.open(path) for path in arguments.paths]
-    models = [PlannedModel.of(checkpoint, checkpoint.name) for checkpoint in checkpoints]
+    models = [planned_group(group) for group in group_models([ModelSpec(path) for path in arguments.paths])]
     engine = engine_spec(arguments, max_running=arguments.limit_worker_concurrency)
     memory = _memory(engine)
     plan = plan_memory(models, engine, memory, each_alone=arguments.one_worker_each)
@@ -89,6 +87,8 @@ def as_lines(plan: MemoryPlan) -> Iterator[str]:
         yield f"{needs.model.name} in {needs.model.path}"
         held = ", ".join(f"{_size(num_bytes)} in {form}" for form, num_bytes in needs.weight_bytes.items())
         yield _row("weights", sum(needs.weight_bytes.values()), held)
+        if needs.adapter_bytes:
+            yield _row("adapters", needs.adapter_bytes, "beside the weights")
         yield _row("KV cache", share.cache_bytes, _cache_text(share))
         yield _row("a step", share.step_bytes, f"at its peak, of {needs.max_batch_tokens:,} tokens")
         yield _row("text", needs.model.text_bytes, "tokenizer and prompt format")

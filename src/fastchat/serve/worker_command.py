@@ -8,12 +8,12 @@ import signal
 
 from fastchat.config import read_environment
 from fastchat.errors import EngineError
-from fastchat.models.checkpoint import Checkpoint
 from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import tls_files, warn_of_plain_listener
 from fastchat.serve.http_server import bind_listeners, run_server
 from fastchat.serve.worker_arguments import log_level, obey_early_flags, worker_config
 from fastchat.worker.config import ModelSpec
+from fastchat.worker.model_groups import group_models
 
 
 def run_worker(process_name: str, arguments: argparse.Namespace, models: tuple[ModelSpec, ...]) -> int:
@@ -26,8 +26,7 @@ def run_worker(process_name: str, arguments: argparse.Namespace, models: tuple[M
     listeners = bind_listeners(arguments.host, arguments.port)
     warn_of_plain_listener(arguments)
     config = worker_config(arguments, environment, listeners, models)
-    for spec in models:
-        Checkpoint.open(spec.path)
+    group_models(models)
     # torch and transformers take seconds to import: what is wrong with flags, port or folders is told before.
     from fastchat.worker.app import create_worker_app
     from fastchat.worker.life_cycle import WorkerRuntime

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_config import EngineConfig
+from fastchat.models.adapters import ModelAdapters
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.lean import make_lean
 from fastchat.models.progress import show_and_tell
@@ -30,9 +31,11 @@ class EnginePlan:
     max_batch_tokens: int
     max_running: int
     kv_cache_bytes: int
+    adapters: tuple[tuple[str, str], ...] = ()
+    """(name, folder) of each that is there from the start."""
 
     @classmethod
-    def of(cls, share: ModelShare) -> EnginePlan:
+    def of(cls, share: ModelShare, adapters: Sequence[tuple[str, str]] = ()) -> EnginePlan:
         """What the memory plan gives to one model."""
         needs = share.needs
         return cls(
@@ -44,6 +47,7 @@ class EnginePlan:
             max_batch_tokens=needs.max_batch_tokens,
             max_running=needs.max_running,
             kv_cache_bytes=share.cache_bytes,
+            adapters=tuple(adapters),
         )
 
     def to_json(self) -> str:
@@ -55,7 +59,8 @@ class EnginePlan:
         """The other direction."""
         fields = json.loads(text)
         quantization = fields.pop("quantization")
-        return cls(**fields, quantization=Quantization(**quantization) if quantization else None)
+        adapters = tuple((name, folder) for name, folder in fields.pop("adapters"))
+        return cls(**fields, quantization=Quantization(**quantization) if quantization else None, adapters=adapters)
 
 
 def make_engine(plan: EnginePlan, tell_progress: Callable[[float], object] = lambda _: None) -> Engine:
@@ -75,4 +80,7 @@ def make_engine(plan: EnginePlan, tell_progress: Callable[[float], object] = lam
         max_batch_tokens=plan.max_batch_tokens,
         max_running=plan.max_running,
     )
-    return Engine(model, config)
+    engine = Engine(model, config, ModelAdapters(model, checkpoint))
+    for name, folder in plan.adapters:
+        engine.adapters.add(name, folder)
+    return engine

@@ -144,7 +144,12 @@ class WorkerRuntime:
         for opened in sorted(opened_models.models, key=lambda each: set(each.names).isdisjoint(self.config.pinned)):
             started[opened.names[0]] = await opened.start(self.config)
         self._loaded += [started[opened.names[0]] for opened in opened_models.models]
-        self.models = ServedModels(self._loaded)
+        self.models = ServedModels(
+            each
+            for opened in opened_models.models
+            for base in (started[opened.names[0]],)
+            for each in (base, *opened.adapted(base))
+        )
         self.control = ModelControl(
             opened_models.keeper, self.models, worker_id=self.worker_id, address=self.config.address
         )

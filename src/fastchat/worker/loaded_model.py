@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +21,13 @@ from fastchat.models.chat_template import load_chat_format
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.interface import ChatFormat, SamplingDefaults, Tokenizer
 from fastchat.models.sampling_defaults import load_sampling_defaults
-from fastchat.models.tokenizer import load_tokenizer
-from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
+from fastchat.models.tokenizer import TemplateTokenizer, load_tokenizer
+from fastchat.worker.config import EngineSpec, WorkerConfig
 from fastchat.worker.engine_factory import EnginePlan, make_engine
 from fastchat.worker.engine_process import engine_command
 from fastchat.worker.memory_plan import ModelShare
 from fastchat.worker.memory_remedy import plan_or_refuse
+from fastchat.worker.model_groups import AdapterGroup, ModelGroup, adapter_sources, group_models, planned_group
 from fastchat.worker.model_keeper import ModelKeeper
 from fastchat.worker.on_demand_engine import OnDemandEngine, make_keeper, promised_limits
 
@@ -34,10 +35,19 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class OpenedAdapter:
+    """What an adapter changes of its base's text side: names, and the prompt format where it brings its own."""
+
+    names: tuple[str, ...]
+    chat_format: ChatFormat
+
+
+@dataclass(frozen=True, slots=True)
 class OpenedModel:
     """A checkpoint whose text side is loaded and whose engine has not been started."""
 
     names: tuple[str, ...]
+    adapters: tuple[OpenedAdapter, ...]
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     chat_format: ChatFormat
@@ -71,6 +81,20 @@ class OpenedModel:
             truncates_embedding_input=config.truncates_embedding_input,
         )
 
+    async def start_last(self, config: WorkerConfig) -> ServedModel:
+        """As `start`, for who wants one model: the adapter that was asked for, else the base."""
+        base = await self.start(config)
+        return [base, *self.adapted(base)][-1]
+
+    def adapted(self, base: ServedModel) -> list[ServedModel]:
+        """The adapters, served by the engine of `base`, which `start` gave."""
+        return [
+            replace(
+                base, names=each.names, chat_format=each.chat_format, adapter=each.names[0], base_name=self.names[0]
+            )
+            for each in self.adapters
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class OpenedModels:
@@ -85,40 +109,54 @@ def open_models(config: WorkerConfig, *, on_demand: bool = False) -> OpenedModel
 
     `on_demand`: the models may come and go. Without it all of them are held as long as their engines are open.
     """
-    checkpoints = [Checkpoint.open(spec.path) for spec in config.models]
-    names = [spec.names or (checkpoint.name,) for spec, checkpoint in zip(config.models, checkpoints, strict=True)]
-    _check_names(names)
-    plan = plan_or_refuse(list(zip((each[0] for each in names), checkpoints, strict=True)), config.engine)
+    groups = group_models(config.models)
+    plan = plan_or_refuse([planned_group(group) for group in groups], config.engine)
     turns: defaultdict[str, Turns] = defaultdict(Turns)  # by device
     makers = [
-        partial(_make_client, config.engine, EnginePlan.of(share), turns[share.needs.device]) for share in plan.shares
+        partial(_make_client, config.engine, EnginePlan.of(share, adapter_sources(group)), turns[share.needs.device])
+        for share, group in zip(plan.shares, groups, strict=True)
     ]
     keeper = None
     if on_demand:
-        pinned = _first_names(config.pinned, names)
+        pinned = _first_names(config.pinned, [group.all_names for group in groups])
         keeper = make_keeper(plan, makers, idle_timeout_s=config.idle_timeout_s, pinned=pinned)
     opened = []
-    for spec, own_names, checkpoint, share, make in zip(
-        config.models, names, checkpoints, plan.shares, makers, strict=True
-    ):
+    for group, share, make in zip(groups, plan.shares, makers, strict=True):
         _log_share(share)
-        engine = make() if keeper is None else OnDemandEngine(own_names[0], keeper, promised_limits(share))
-        opened.append(_open_model(spec, own_names, checkpoint, engine))
+        engine = make() if keeper is None else OnDemandEngine(group.names[0], keeper, promised_limits(share))
+        opened.append(_open_model(group, engine))
     return OpenedModels(tuple(opened), keeper)
 
 
-def _open_model(spec: ModelSpec, names: tuple[str, ...], checkpoint: Checkpoint, engine: EngineClient) -> OpenedModel:
+def _open_model(group: ModelGroup, engine: EngineClient) -> OpenedModel:
+    checkpoint = group.checkpoint
     tokenizer = load_tokenizer(checkpoint)
-    chat_format = load_chat_format(checkpoint, tokenizer, spec.conv_template)
-    _log.info("prompt format", model=",".join(names), format=chat_format.name, source=chat_format.source)
+    chat_format = load_chat_format(checkpoint, tokenizer, group.conv_template)
+    adapters = tuple(
+        OpenedAdapter(each.names, _adapters_format(each, checkpoint, tokenizer, chat_format)) for each in group.adapters
+    )
+    for names, own in ((group.names, chat_format), *((each.names, each.chat_format) for each in adapters)):
+        _log.info("prompt format", model=",".join(names), format=own.name, source=own.source)
     return OpenedModel(
-        names=names,
+        names=group.names,
+        adapters=adapters,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         chat_format=chat_format,
         sampling_defaults=load_sampling_defaults(checkpoint),
         engine=engine,
     )
+
+
+def _adapters_format(
+    adapter: AdapterGroup, base: Checkpoint, tokenizer: TemplateTokenizer, base_format: ChatFormat
+) -> ChatFormat:
+    """What the command says, else the template in the adapter's folder, else its base's."""
+    own = Checkpoint(adapter.folder.path, base.config, base.family)
+    has_template = (own.path / "chat_template.jinja").is_file() or own.tokenizer_config.get("chat_template")
+    if adapter.conv_template is None and not has_template:
+        return base_format
+    return load_chat_format(own, tokenizer, adapter.conv_template)
 
 
 def _log_share(share: ModelShare) -> None:
@@ -129,6 +167,7 @@ def _log_share(share: ModelShare) -> None:
         model=needs.model.name,
         device=needs.device,
         weight_bytes=sum(needs.weight_bytes.values()),
+        adapter_bytes=needs.adapter_bytes,
         kv_cache_bytes=share.cache_bytes,
         step_bytes=share.step_bytes,
         max_context=share.context,
@@ -154,11 +193,3 @@ def _first_names(wanted: Sequence[str], names: Sequence[tuple[str, ...]]) -> set
         if name not in first_names:
             raise ConfigError(f"--pin names {name!r}, but the models here are {', '.join(first_names)}.")
     return {first_names[name] for name in wanted}
-
-
-def _check_names(names: Sequence[tuple[str, ...]]) -> None:
-    seen: set[str] = set()
-    for name in (name for group in names for name in group):
-        if name in seen:
-            raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
-        seen.add(name)

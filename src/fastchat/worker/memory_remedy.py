@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import structlog
 
 from fastchat.errors import ConfigError
-from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.stored_form import Quantization, QuantizedName
 from fastchat.worker.config import EngineSpec
 from fastchat.worker.device_memory import DeviceMemory, find_device
@@ -43,15 +42,12 @@ def find_remedy(
     return None
 
 
-def plan_or_refuse(
-    checkpoints: Sequence[tuple[str, Checkpoint]], engine: EngineSpec, *, each_alone: bool = False
-) -> MemoryPlan:
-    """The plan for named checkpoints on this machine. Raises `ConfigError`, in one sentence, where it does not fit.
+def plan_or_refuse(models: Sequence[PlannedModel], engine: EngineSpec, *, each_alone: bool = False) -> MemoryPlan:
+    """The plan for models on this machine. Raises `ConfigError`, in one sentence, where it does not fit.
 
     With `each_alone` the plan is for one worker each where that fits, else for one worker with all of them. Models of
     one worker that do not fit together but some at a time take turns, and the log says so.
     """
-    models = [PlannedModel.of(checkpoint, name) for name, checkpoint in checkpoints]
     memory = find_device(engine.device)
     plan = plan_memory(models, engine, memory, each_alone=each_alone)
     if plan.fits:

@@ -68,7 +68,7 @@ class ModelControl:
     def states(self) -> dict[str, ModelState]:
         """The state of every name."""
         by_key = {resident.key: _state(resident) for resident in self._keeper.residency}
-        return {name: by_key[model.names[0]] for name, model in self._models}
+        return {name: by_key[model.engine_name] for name, model in self._models}
 
     async def act(self, name: str, action: ModelAction) -> ModelCondition:
         """Do it; returns when it is done, or for a model in use when it is arranged.
@@ -76,7 +76,7 @@ class ModelControl:
         Raises `ModelNotFoundError`, `ConflictError` for freeing a pinned one, `UnavailableError` for what does not fit,
         and what loading raises.
         """
-        key = self._models.find(name).names[0]
+        key = self._models.find(name).engine_name  # an adapter comes and goes with its base
         _log.info("model control", model=key, action=action)
         match action:
             case "load" | "wake":

@@ -1,6 +1,6 @@
 """What one model needs of a device's memory, by the rules of the engine that will run it. Pure arithmetic, torch-free.
 
-weights    as they are held, from the headers of the files
+weights    as they are held, and adapters, from the headers of the files
 text       tokenizer and prompt format, in the worker's process
 a step     what is alive at its peak: one layer's inner numbers, or the logits of all its rows
 KV cache   keys and values, block by block; between the least that is of use and the most that can be used
@@ -8,7 +8,7 @@ KV cache   keys and values, block by block; between the least that is of use and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fastchat.engine.engine_config import (
     max_useful_blocks,
 )
 from fastchat.errors import ConfigError
+from fastchat.models.adapter_folder import AdapterFolder
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.footprint import Footprint
 from fastchat.models.precision import choose_dtype
@@ -55,9 +56,10 @@ class PlannedModel:
     config: Mapping[str, Any]  # Any: JSON as it is on disk
     footprint: Footprint
     text_bytes: int
+    num_adapter_values: int = 0
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, name: str) -> PlannedModel:
+    def of(cls, checkpoint: Checkpoint, name: str, adapters: Iterable[AdapterFolder] = ()) -> PlannedModel:
         """Read the headers. Raises `CheckpointError` for what cannot be loaded."""
         files = (checkpoint.path / name for name in TOKENIZER_FILES)
         num_file_bytes = sum(file.stat().st_size for file in files if file.is_file())
@@ -68,6 +70,7 @@ class PlannedModel:
             config=checkpoint.config,
             footprint=Footprint.of(checkpoint),
             text_bytes=TEXT_BYTES + TOKENIZER_FILE_FACTOR * num_file_bytes,
+            num_adapter_values=sum(folder.num_values for folder in adapters),
         )
 
 
@@ -118,7 +121,12 @@ class ModelNeeds:
     @property
     def lasting_bytes(self) -> int:
         """What is there from loading on, whether or not anything is computed."""
-        return sum(self.weight_bytes.values()) + self.model.text_bytes
+        return sum(self.weight_bytes.values()) + self.adapter_bytes + self.model.text_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The adapters that are there from the start."""
+        return self.model.num_adapter_values * FLOAT_BYTES[self.dtype]
 
     @property
     def block_size(self) -> int:

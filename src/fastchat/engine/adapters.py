@@ -1,0 +1,75 @@
+"""Adapters as an engine sees them: small changes of its one model that a sequence asks for by name. Torch-free.
+
+What a change is, and how it is computed, only the model's side knows (`AdapterHost`). The engine tells it before each
+step which rows of the packed batch are whose.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastchat.errors import CheckpointError
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Rows [start, stop) of a step's packed batch are computed with a change of the model's side."""
+
+    change: Any  # Any: what `AdapterHost.load` gave
+    start: int
+    stop: int
+
+
+class AdapterHost(Protocol):
+    """A model that can be changed for some rows of a batch."""
+
+    def load(self, source: str) -> Any:  # Any: opaque here, handed back in `AdapterRows`
+        """Read a change. Raises `CheckpointError` in one line for what does not fit the model."""
+
+    def use(self, rows: Sequence[AdapterRows]) -> None:
+        """Compute the next forward pass so: rows that are not named are the model's own."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Adapter:
+    """One loaded adapter. Who holds it keeps its numbers in memory, whether or not it can still be asked for.
+
+    `number` never comes twice, so what was computed with an adapter is never taken for another one's of that name.
+    """
+
+    name: str
+    change: Any  # Any: what `AdapterHost.load` gave
+    number: int = field(default_factory=lambda: next(_numbers))
+
+
+class AdapterTable:
+    """The adapters of one engine that can be asked for."""
+
+    def __init__(self, host: AdapterHost | None) -> None:
+        self.host = host
+        self._adapters: dict[str, Adapter] = {}
+
+    def __repr__(self) -> str:
+        return f"<AdapterTable {list(self._adapters)}>"
+
+    def add(self, name: str, source: str) -> Adapter:
+        """Load an adapter; sequences may ask for it from now on. Raises `CheckpointError`."""
+        if self.host is None:
+            raise CheckpointError(f"{source}: this engine takes no adapters; merge it into its base model")
+        if name in self._adapters:
+            raise CheckpointError(f"{source}: an adapter named {name!r} is loaded already; remove that one first")
+        adapter = self._adapters[name] = Adapter(name, self.host.load(source))
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Nobody may ask for it any more; what runs with it goes on. An unknown name is no fault."""
+        self._adapters.pop(name, None)
+
+    def find(self, name: str) -> Adapter | None:
+        """The adapter of that name, None where there is none."""
+        return self._adapters.get(name)

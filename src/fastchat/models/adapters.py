@@ -1,0 +1,96 @@
+"""A model's side for adapters: reads them, and computes each row of a step with its own.
+
+Implements `engine.adapters.AdapterHost` without knowing it. A model that was never given an adapter is left as it is;
+with the first one its linears are wrapped, and a step without adapters costs them one look at an empty tuple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastchat.errors import CheckpointError
+from fastchat.models.adapter_folder import find_adapter
+from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.lora import LoraChange, find_places, load_lora
+
+
+class ChangedRows(Protocol):
+    """`change` holds for rows [start, stop) of a step."""
+
+    @property
+    def change(self) -> LoraChange:
+        """What is added there."""
+
+    @property
+    def start(self) -> int:
+        """The first row."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last."""
+
+
+class StepRows:
+    """Whose rows are whose in the forward pass that comes: one object, known to all wrapped modules."""
+
+    def __init__(self) -> None:
+        self.changed: Sequence[ChangedRows] = ()
+
+
+class AdaptedLinear(nn.Module):
+    """A linear whose output is changed for the rows that have an adapter."""
+
+    def __init__(self, base: nn.Module, name: str, step: StepRows) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self._step = step
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., K) -> (..., N); a packed batch has one row for each token."""
+        output: Tensor = self.base(inputs)
+        if self._step.changed:
+            rows, flat = inputs.reshape(-1, inputs.shape[-1]), output.view(-1, output.shape[-1])
+            for each in self._step.changed:
+                low_rank = each.change.by_module.get(self.name)
+                if low_rank is not None:
+                    low_rank.add_to(flat[each.start : each.stop], rows[each.start : each.stop])
+        return output
+
+
+class ModelAdapters:
+    """The adapters' side of one model."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        self._model = model
+        self._rename = checkpoint.family.rename
+        self._places = find_places(model)
+        self._step = StepRows()
+        self._is_wrapped = False
+
+    def load(self, source: str) -> LoraChange:
+        """Read the adapter in a folder. Raises `CheckpointError` in one line for what does not fit the model."""
+        folder = find_adapter(Path(source))
+        if folder is None:
+            raise CheckpointError(f"{source}: no adapter (adapter_config.json beside its weights) is in this folder")
+        change = load_lora(folder, self._places, self._rename, dtype=self._model.dtype, device=self._model.device)
+        if not self._is_wrapped:
+            self._wrap()
+        return change
+
+    def use(self, rows: Sequence[ChangedRows]) -> None:
+        """Compute the next forward pass so."""
+        self._step.changed = rows
+
+    def _wrap(self) -> None:
+        decoder: Any = self._model.get_decoder()  # Any: a module of transformers
+        for name in {place.module for place in self._places.values()}:
+            parent_name, _, leaf = name.rpartition(".")
+            parent = decoder.layers.get_submodule(parent_name)
+            setattr(parent, leaf, AdaptedLinear(getattr(parent, leaf), name, self._step))
+        self._is_wrapped = True
