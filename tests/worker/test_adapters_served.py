@@ -64,3 +64,12 @@ def test_one_engine_is_watched_and_counted_once(worker):
     assert 'num_requests_running{model_name="lora"' not in text.replace("fastchat_", "").replace("vllm:", "")
     chat = worker.chat(model="lora", max_tokens=4)
     assert chat["model"] == "lora"
+
+
+def test_two_checkpoints_with_equal_weights_are_held_once(thread, checkpoints, folders):
+    """The metric says what two models of one worker save; the answers are each one's own."""
+    models = (ModelSpec(folders["chatglm2-6b"], ("a",)), ModelSpec(folders["chatglm2-6b"], ("b",)))
+    with serving(thread, worker_config(checkpoints, models=models)) as worker:
+        (line,) = [line for line in worker.get("/metrics").text.splitlines() if line.startswith("fastchat_shared_w")]
+        assert float(line.split()[-1]) > 200_000
+        assert completed(worker, "a") == completed(worker, "b")

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastchat.models.quantized_linear import Int4Linear, Int8Linear
+from fastchat.models.shared_tensors import PROCESS_TENSORS, side_by_side
 from fastchat.native.layers import add_rms_norm, rms_norm, rotate, silu_and_multiply
 from fastchat.native.products import multiply
 
@@ -189,7 +190,13 @@ def _joined(tensors: Sequence[nn.Parameter | None]) -> nn.Parameter | None:
     present = [tensor for tensor in tensors if tensor is not None]
     if len(present) < 2:
         return present[0] if present else None
-    return nn.Parameter(torch.cat([*present]), requires_grad=False)
+    whole = side_by_side(present)
+    if whole is not None:  # another model of this process has the same
+        joined = nn.Parameter(whole, requires_grad=False)
+    else:
+        joined = nn.Parameter(torch.cat([*present]), requires_grad=False)
+    PROCESS_TENSORS.moved(present, joined)
+    return joined
 
 
 def _norm(rows: Tensor, norm: Untyped) -> Tensor:

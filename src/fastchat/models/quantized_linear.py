@@ -51,8 +51,8 @@ class Int8Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor, scales: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.weight = _parameter(weight)
+        self.scales = _parameter(scales)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         multiply = multiply_int8 if rows.device.type == "cpu" else multiply_int8_on_device
@@ -66,8 +66,8 @@ class Int4Linear(QuantizedLinear):
 
     def __init__(self, packed: Tensor, scales: Tensor, bias: nn.Parameter | None, *, in_features: int) -> None:
         super().__init__(in_features, packed.shape[0], bias)
-        self.packed = nn.Parameter(packed, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.packed = _parameter(packed)
+        self.scales = _parameter(scales)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         multiply = multiply_int4 if rows.device.type == "cpu" else multiply_int4_on_device
@@ -76,6 +76,11 @@ class Int4Linear(QuantizedLinear):
     def extra_repr(self) -> str:
         """With the group's size."""
         return f"{super().extra_repr()}, group_size={self.packed.shape[1] * 2 // self.scales.shape[1]}"
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """A parameter stays the object that it is: who holds it is asked for by its identity (`shared_tensors.py`)."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
 def multiply_int8_on_device(rows: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from fastchat.errors import CheckpointError
 from fastchat.models.quantize import check_scales_are_finite, quantize_int4, quantize_int8
 from fastchat.models.quantized_linear import Int4Linear, Int8Linear
 from fastchat.models.row_blocks import for_row_blocks
+from fastchat.models.shared_tensors import PROCESS_TENSORS
 from fastchat.models.stored_form import GROUP_SIZES, StoredForm, fitting_group, padded_inputs
 from fastchat.native.products import pack_int4
 
@@ -103,6 +104,7 @@ class QuantizedParts:
 
     def _install(self, target: str, weight: Tensor, scales: Tensor) -> None:
         old = self._linear(target)
+        weight, scales = PROCESS_TENSORS.hold(weight), PROCESS_TENSORS.hold(scales)
         new: Int8Linear | Int4Linear
         if weight.dtype == torch.int8:
             new = Int8Linear(weight, scales, old.bias)

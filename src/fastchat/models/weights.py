@@ -25,6 +25,7 @@ from fastchat.models.progress import show_progress
 from fastchat.models.quantized_linear import QuantizedLinear
 from fastchat.models.quantized_parts import SCALE_SUFFIX, QuantizedParts
 from fastchat.models.recognition import recognise
+from fastchat.models.shared_tensors import PROCESS_TENSORS
 from fastchat.models.stored_form import (
     OUTPUT_WEIGHT,
     FloatName,
@@ -296,7 +297,7 @@ class _Filler:
         value = torch.empty(rows.shape, dtype=self._dtype, device=self._device)
         value.copy_(rows)
         parent_name, _, leaf = target.rpartition(".")
-        setattr(self._module.get_submodule(parent_name), leaf, nn.Parameter(value, requires_grad=False))
+        setattr(self._module.get_submodule(parent_name), leaf, PROCESS_TENSORS.hold(value))
 
     def _form(self, target: str) -> StoredForm:
         dtype: FloatName = FLOAT_NAMES[self._dtype]

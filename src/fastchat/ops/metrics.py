@@ -112,6 +112,7 @@ class WorkerMetrics(_ProcessMetrics):
         self._accepted = self._counter(
             "fastchat_spec_decode_num_accepted_tokens_total", "Tokens looked ahead for that came", _MODEL
         )
+        self._shared = self._gauge("fastchat_shared_weight_bytes", "Memory saved by weights that models share")
         self._counted: dict[str, EngineCondition] = {}
         self._prompt = self._counter("fastchat_prompt_tokens_total", "Prompt tokens of ended requests", _MODEL)
         self._queried = self._counter("fastchat_prefix_cache_queries_total", "Prompt tokens looked up", _MODEL)
@@ -145,6 +146,10 @@ class WorkerMetrics(_ProcessMetrics):
         if fact.num_generated_tokens > 1:
             decode_s = fact.duration_s - fact.time_to_first_token_s
             self._per_token.labels(model).observe(decode_s / (fact.num_generated_tokens - 1))
+
+    def observe_shared_weights(self, num_bytes: int) -> None:
+        """Show what the models of this process save by holding equal tensors once."""
+        self._shared.set(num_bytes)
 
     def observe_engine(self, fact: EngineCondition) -> None:
         """Show an engine's condition; called when metrics are asked for."""

@@ -7,16 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import structlog
+
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_config import EngineConfig
 from fastchat.models.adapters import ModelAdapters
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.lean import make_lean
 from fastchat.models.progress import show_and_tell
+from fastchat.models.shared_tensors import PROCESS_TENSORS
 from fastchat.models.stored_form import FloatName, Quantization
 from fastchat.models.weights import load_model
 from fastchat.worker.device_memory import ChosenDevice
 from fastchat.worker.memory_plan import ModelShare
+
+_log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,8 @@ def make_engine(plan: EnginePlan, tell_progress: Callable[[float], object] = lam
             checkpoint, device=plan.device, dtype=plan.dtype, quantization=plan.quantization, on_progress=report
         )
     make_lean(model)
+    if saved_bytes := PROCESS_TENSORS.saved_bytes:
+        _log.info("weights shared", model=checkpoint.name, saved_bytes_of_all_models=saved_bytes)
     config = EngineConfig(
         max_context=plan.max_context,
         kv_cache_bytes=plan.kv_cache_bytes,

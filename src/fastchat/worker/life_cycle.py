@@ -15,6 +15,7 @@ from fastchat.api.served_model import ServedModel, ServedModels
 from fastchat.cluster.contract import Hello, Load, ModelEntry
 from fastchat.cluster.registration import ControlConnection
 from fastchat.errors import UnavailableError
+from fastchat.models.shared_tensors import PROCESS_TENSORS
 from fastchat.ops.metrics import EngineCondition, RequestFinished, WorkerMetrics
 from fastchat.worker.config import WorkerConfig
 from fastchat.worker.health import ENGINE_DIED, EngineHealth
@@ -132,6 +133,7 @@ class WorkerRuntime:
                     num_accepted_tokens=stats.num_accepted_tokens,
                 )
             )
+        self.metrics.observe_shared_weights(PROCESS_TENSORS.saved_bytes)
         return self.metrics.render()
 
     async def _start_models(self, stack: AsyncExitStack) -> None:
