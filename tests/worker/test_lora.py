@@ -20,12 +20,12 @@ FAMILIES = ("chatglm2", "glm", "llama", "qwen2", "qwen3", "mistral")
 TWO_LAYOUTS = pytest.mark.parametrize("family", ["chatglm2", "llama"], indirect=True)
 
 
-def make(folder, *, lean=True, dtype="float32", quantization=None, adapters=()):
+def make(folder, *, lean=True, dtype="float32", quantization=None, adapters=(), kv_cache_bytes=2**21):
     checkpoint = Checkpoint.open(folder)
     model = load_model(checkpoint, dtype=dtype, quantization=quantization)
     if lean:
         make_lean(model)
-    config = EngineConfig(max_context=256, kv_cache_bytes=2**21, block_size=8, max_batch_tokens=32)
+    config = EngineConfig(max_context=256, kv_cache_bytes=kv_cache_bytes, block_size=8, max_batch_tokens=32)
     engine = Engine(model, config, ModelAdapters(model, checkpoint))
     for name, source in adapters:
         engine.adapters.add(name, str(source))

@@ -16,11 +16,23 @@ from fastchat.errors import CheckpointError
 _numbers = itertools.count(1)
 
 
+class Change(Protocol):
+    """What the model's side has read. A prefix is keys and values in front of every sequence, at no positions."""
+
+    @property
+    def num_prefix_slots(self) -> int:
+        """The slots of the KV cache that a prefix takes; 0 where there is none."""
+
+    @property
+    def prefix(self) -> Any:  # Any: two tensors, which this file does not know
+        """Its keys and its values. # (num_layers, num_kv_heads, num_prefix_slots, head_dim)"""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
     """Rows [start, stop) of a step's packed batch are computed with a change of the model's side."""
 
-    change: Any  # Any: what `AdapterHost.load` gave
+    change: Any  # Any: a `Change`, of which the model's side knows more
     start: int
     stop: int
 
@@ -28,7 +40,7 @@ class AdapterRows:
 class AdapterHost(Protocol):
     """A model that can be changed for some rows of a batch."""
 
-    def load(self, source: str) -> Any:  # Any: opaque here, handed back in `AdapterRows`
+    def load(self, source: str) -> Change:
         """Read a change. Raises `CheckpointError` in one line for what does not fit the model."""
 
     def use(self, rows: Sequence[AdapterRows]) -> None:
@@ -43,7 +55,7 @@ class Adapter:
     """
 
     name: str
-    change: Any  # Any: what `AdapterHost.load` gave
+    change: Change
     number: int = field(default_factory=lambda: next(_numbers))
 
 

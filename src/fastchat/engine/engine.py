@@ -53,6 +53,7 @@ class Engine:
         )
         self._sequences: dict[str, Sequence] = {}
         self._hidden_sums: dict[str, Tensor] = {}
+        self._num_slots = num_blocks * block_size
         self._num_arrivals = 0
         self._counts = _Counts()
         self.limits = EngineLimits(
@@ -113,7 +114,7 @@ class Engine:
     def add(self, request: SequenceRequest) -> SequenceEvent | None:
         """Let a sequence wait for its turn. `EngineClient.submit` has checked it against `limits`.
 
-        The event is the end of one whose adapter is not there (any more).
+        The event is the end of one whose adapter is not there (any more), or leaves no room for it.
         """
         assert request.sequence_id not in self._sequences, f"{request.sequence_id} was submitted twice"
         adapter = self.adapters.find(request.adapter)
@@ -121,6 +122,9 @@ class Engine:
             error = f"the adapter {request.adapter!r} was removed"
             return SequenceEvent(request.sequence_id, finish_reason=FinishReason.ERROR, error=error)
         sequence = Sequence(request, self._num_arrivals, adapter)
+        if sequence.num_prefix_slots + len(request.prompt_token_ids) + request.sampling.max_tokens > self._num_slots:
+            error = f"the KV cache of {self._num_slots} tokens is too small for this with the prefix of its adapter"
+            return SequenceEvent(request.sequence_id, finish_reason=FinishReason.ERROR, error=error)
         self._num_arrivals += 1
         self._sequences[request.sequence_id] = sequence
         self._scheduler.add(sequence)

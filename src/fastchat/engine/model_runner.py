@@ -90,6 +90,7 @@ class ModelRunner:
             token_ids += item.draft
             positions += range(item.start, item.end + len(item.draft))
             slot_numbers += self._slots(item)
+            self._fill_prefix(item)
         slots = torch.tensor(slot_numbers, device=self.device)
         step = AttentionStep(
             cache=self._cache,
@@ -139,7 +140,7 @@ class ModelRunner:
 
     def _span(self, item: ScheduledSequence, query_start: int) -> SequenceSpan:
         block_size = self._cache.block_size
-        context_length = item.end + len(item.draft)
+        context_length = item.sequence.num_prefix_slots + item.end + len(item.draft)
         block_ids = item.sequence.block_ids[: -(-context_length // block_size)]
         are_adjacent = block_ids == list(range(block_ids[0], block_ids[0] + len(block_ids)))
         return SequenceSpan(
@@ -152,10 +153,23 @@ class ModelRunner:
         )
 
     def _slots(self, item: ScheduledSequence) -> list[int]:
-        block_size = self._cache.block_size
-        block_ids = item.sequence.block_ids
-        places = range(item.start, item.end + len(item.draft))
-        return [block_ids[i // block_size] * block_size + i % block_size for i in places]
+        before = item.sequence.num_prefix_slots
+        return self._slots_of(item.sequence, before + item.start, before + item.end + len(item.draft))
+
+    def _slots_of(self, sequence: Sequence, start: int, end: int) -> list[int]:
+        block_size, block_ids = self._cache.block_size, sequence.block_ids
+        return [block_ids[i // block_size] * block_size + i % block_size for i in range(start, end)]
+
+    def _fill_prefix(self, item: ScheduledSequence) -> None:
+        """An adapter's keys and values in front of a sequence that begins, or begins anew."""
+        adapter = item.sequence.adapter
+        if adapter is None or item.start > 0 or not adapter.change.num_prefix_slots:
+            return
+        slots = torch.tensor(self._slots_of(item.sequence, 0, adapter.change.num_prefix_slots), device=self.device)
+        for index, (keys, values) in enumerate(zip(*adapter.change.prefix, strict=True)):
+            held_keys, held_values = self._cache.layer(index)
+            held_keys.index_copy_(1, slots, keys)
+            held_values.index_copy_(1, slots, values)
 
     def _padded_blocks(self, spans: list[SequenceSpan]) -> Tensor | None:
         tables = [span.block_ids for span in spans if span.num_queries == 1]

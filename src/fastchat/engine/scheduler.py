@@ -203,7 +203,7 @@ class Scheduler:
     def _start(self, sequence: Sequence, prefix: list[int]) -> None:
         self.pool.take(prefix)
         sequence.block_ids = prefix
-        sequence.num_computed_tokens = len(prefix) * self.pool.block_size
+        sequence.num_computed_tokens = max(0, len(prefix) * self.pool.block_size - sequence.num_prefix_slots)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
         sequence.state = SequenceState.RUNNING
@@ -214,12 +214,17 @@ class Scheduler:
         if not self._prefix_caching or not sequence.may_use_cached_prefix:
             return []
         self._extend_hashes(sequence)
-        max_blocks = (len(sequence.token_ids) - 1) // self.pool.block_size
-        return self.pool.find_prefix(sequence.block_hashes[:max_blocks])
+        num_slots = sequence.num_prefix_slots
+        max_blocks = (num_slots + len(sequence.token_ids) - 1) // self.pool.block_size
+        found = self.pool.find_prefix(sequence.block_hashes[:max_blocks])
+        return found if len(found) * self.pool.block_size >= num_slots else []
 
     def _publish_full_blocks(self, item: ScheduledSequence) -> None:
         block_size = self.pool.block_size
-        first, last = item.start // block_size, item.sequence.num_computed_tokens // block_size
+        computed = item.sequence.num_computed_tokens
+        num_slots = item.sequence.num_prefix_slots
+        # The first chunk fills an adapter's prefix too.
+        first, last = ((num_slots + place if place else 0) // block_size for place in (item.start, computed))
         if first == last:
             return
         self._extend_hashes(item.sequence)
@@ -227,11 +232,14 @@ class Scheduler:
             self.pool.publish(item.sequence.block_ids[index], item.sequence.block_hashes[index])
 
     def _extend_hashes(self, sequence: Sequence) -> None:
-        extend_block_hashes(sequence.block_hashes, sequence.token_ids, self.pool.block_size, sequence.cache_salt)
+        # The slots of an adapter's prefix count as tokens that no vocabulary has; the salt says whose they are.
+        content = [-1] * sequence.num_prefix_slots + sequence.token_ids
+        extend_block_hashes(sequence.block_hashes, content, self.pool.block_size, sequence.cache_salt)
 
     def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks to add so that the first `num_tokens` tokens have a place."""
-        return max(0, -(-num_tokens // self.pool.block_size) - len(sequence.block_ids))
+        num_slots = sequence.num_prefix_slots + num_tokens
+        return max(0, -(-num_slots // self.pool.block_size) - len(sequence.block_ids))
 
     def _grow(self, sequence: Sequence, num_blocks: int) -> None:
         for _ in range(num_blocks):

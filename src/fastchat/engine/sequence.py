@@ -26,6 +26,8 @@ class Sequence:
                      0                num_prompt_tokens                           len(token_ids)
         KV cache:    | computed ................. | to compute in the next steps ..... |
                      0                   num_computed_tokens
+
+    An adapter's prefix, where there is one, lies in the KV cache in front of all this and is no part of it.
     """
 
     __slots__ = (
@@ -74,6 +76,11 @@ class Sequence:
     def sampling(self) -> SamplingParams:
         """How its next token is chosen."""
         return self.request.sampling
+
+    @property
+    def num_prefix_slots(self) -> int:
+        """Slots of the KV cache in front of the first token, which its adapter fills."""
+        return self.adapter.change.num_prefix_slots if self.adapter is not None else 0
 
     @property
     def cache_salt(self) -> str:

@@ -1,6 +1,7 @@
 """A folder that changes another checkpoint, recognised by what it holds. Torch-free; read as text and never run.
 
     adapter_config.json + adapter_model.safetensors (or .bin)    LoRA, as PEFT writes it
+    config.json with pre_seq_len + a prefix encoder and no model  ChatGLM2's P-tuning v2
 
 What an option of the folder would change and is not computed here is refused by name, in one line.
 """
@@ -25,6 +26,7 @@ WEIGHT_LAYOUTS: tuple[tuple[str, WeightFormat], ...] = (
     ("adapter_model.safetensors", "safetensors"),
     ("adapter_model.bin", "bin"),
 )
+PREFIX_MARK = "prefix_encoder."
 MERGE = "merge it into its base model"
 
 _WITHOUT_EFFECT = frozenset(
@@ -80,6 +82,11 @@ class AdapterFolder:
         name = self.config.get("base_model_name_or_path")
         return name.strip() if isinstance(name, str) else ""
 
+    @property
+    def num_slots(self) -> int:
+        """It takes none of the KV cache in front of a sequence."""
+        return 0
+
     @cached_property
     def files(self) -> WeightFiles:
         """Its weights. Raises `CheckpointError`."""
@@ -122,14 +129,69 @@ class AdapterFolder:
         return float(value)
 
 
-def find_adapter(path: Path) -> AdapterFolder | None:
+@dataclass(frozen=True)
+class PrefixFolder:
+    """A folder with a trained prefix; `config` is its raw config.json, that of its base with two entries more."""
+
+    path: Path
+    config: Mapping[str, Any]  # Any: JSON as it is on disk
+
+    @cached_property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.absolute().name
+
+    @cached_property
+    def base_name(self) -> str:
+        """The base that it was trained on, as `AdapterFolder.base_name`."""
+        name = self.config.get("_name_or_path")
+        return name.strip() if isinstance(name, str) else ""
+
+    @cached_property
+    def files(self) -> WeightFiles:
+        """Its weights. Raises `CheckpointError`."""
+        return find_weight_files(self.path)
+
+    @property
+    def num_slots(self) -> int:
+        """The slots of the KV cache that it takes in front of every sequence."""
+        return int(self.config["pre_seq_len"])
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether its values are computed from an embedding, and not the embedding itself."""
+        return bool(self.config.get("prefix_projection"))
+
+    @cached_property
+    def num_values(self) -> int:
+        """The numbers that are held for it, from the header alone."""
+        stored = (each for shard in self.files.shards for each in read_stored_tensors(self.files.format, shard.path))
+        return sum(each.num_values for each in stored if each.name.endswith("embedding.weight"))
+
+
+AnyAdapter = AdapterFolder | PrefixFolder
+
+
+def find_adapter(path: Path) -> AnyAdapter | None:
     """The adapter in a folder, None where it holds none, or a whole model beside it. Raises `CheckpointError`."""
     path = Path(path).expanduser()
+    has_weights = any((path / name).is_file() for name, _ in LAYOUTS)
     config = read_json_file(path / CONFIG_FILE)
-    if config is None or any((path / name).is_file() for name, _ in LAYOUTS):
+    if config is not None and not has_weights:
+        _check_options(path / CONFIG_FILE, config)
+        return AdapterFolder(path, config)
+    return _find_prefix(path) if has_weights else None
+
+
+def _find_prefix(path: Path) -> PrefixFolder | None:
+    config = read_json_file(path / "config.json") or {}
+    num_slots = config.get("pre_seq_len")
+    if not isinstance(num_slots, int) or isinstance(num_slots, bool) or not 0 < num_slots <= _MAX_NUMBER:
         return None
-    _check_options(path / CONFIG_FILE, config)
-    return AdapterFolder(path, config)
+    folder = PrefixFolder(path, config)
+    shards = folder.files.shards
+    names = [each.name for shard in shards for each in read_stored_tensors(folder.files.format, shard.path)]
+    return folder if names and all(PREFIX_MARK in name for name in names) else None
 
 
 def _check_options(file: Path, config: Mapping[str, Any]) -> None:  # Any: JSON as it is on disk

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastchat.errors import CheckpointError
-from fastchat.models.adapter_folder import find_adapter
+from fastchat.models.adapter_folder import PrefixFolder, find_adapter
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.lora import LoraChange, find_places, load_lora
+from fastchat.models.prefix_tuning import PrefixChange, load_prefix
 
 
 class ChangedRows(Protocol):
     """`change` holds for rows [start, stop) of a step."""
 
     @property
-    def change(self) -> LoraChange:
+    def change(self) -> LoraChange | PrefixChange:
         """What is added there."""
 
     @property
@@ -68,20 +69,31 @@ class ModelAdapters:
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self._model = model
-        self._rename = checkpoint.family.rename
+        self._checkpoint = checkpoint
         self._places = find_places(model)
         self._step = StepRows()
         self._is_wrapped = False
 
-    def load(self, source: str) -> LoraChange:
+    def load(self, source: str) -> LoraChange | PrefixChange:
         """Read the adapter in a folder. Raises `CheckpointError` in one line for what does not fit the model."""
         folder = find_adapter(Path(source))
         if folder is None:
             raise CheckpointError(f"{source}: no adapter (adapter_config.json beside its weights) is in this folder")
-        change = load_lora(folder, self._places, self._rename, dtype=self._model.dtype, device=self._model.device)
+        if isinstance(folder, PrefixFolder):
+            return self._load_prefix(folder)
+        change = load_lora(
+            folder, self._places, self._checkpoint.family.rename, dtype=self._model.dtype, device=self._model.device
+        )
         if not self._is_wrapped:
             self._wrap()
         return change
+
+    def _load_prefix(self, folder: PrefixFolder) -> PrefixChange:
+        if self._checkpoint.family.name != "chatglm":
+            raise CheckpointError(
+                f"{folder.path}: a prefix of ChatGLM, but its base is another model; give its own base"
+            )
+        return load_prefix(folder, self._model.config, dtype=self._model.dtype, device=self._model.device)
 
     def use(self, rows: Sequence[ChangedRows]) -> None:
         """Compute the next forward pass so."""

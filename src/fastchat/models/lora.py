@@ -70,6 +70,16 @@ class LoraChange:
         return f"<LoraChange of {len(self.by_module)} modules, {self.num_bytes} bytes>"
 
     @property
+    def num_prefix_slots(self) -> int:
+        """It has no prefix."""
+        return 0
+
+    @property
+    def prefix(self) -> None:
+        """It has no prefix."""
+        return None
+
+    @property
     def num_bytes(self) -> int:
         """What it holds."""
         tensors = [tensor for each in self.by_module.values() for tensor in (each.down, *(up for _, _, up in each.ups))]

@@ -40,6 +40,7 @@ class OpenedAdapter:
 
     names: tuple[str, ...]
     chat_format: ChatFormat
+    num_prefix_slots: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,15 @@ class OpenedModel:
 
     def adapted(self, base: ServedModel) -> list[ServedModel]:
         """The adapters, served by the engine of `base`, which `start` gave."""
+        limits = base.engine.limits
         return [
             replace(
-                base, names=each.names, chat_format=each.chat_format, adapter=each.names[0], base_name=self.names[0]
+                base,
+                names=each.names,
+                chat_format=each.chat_format,
+                adapter=each.names[0],
+                base_name=self.names[0],
+                max_context=min(base.max_context, limits.num_blocks * limits.block_size - each.num_prefix_slots),
             )
             for each in self.adapters
         ]
@@ -133,7 +140,8 @@ def _open_model(group: ModelGroup, engine: EngineClient) -> OpenedModel:
     tokenizer = load_tokenizer(checkpoint)
     chat_format = load_chat_format(checkpoint, tokenizer, group.conv_template)
     adapters = tuple(
-        OpenedAdapter(each.names, _adapters_format(each, checkpoint, tokenizer, chat_format)) for each in group.adapters
+        OpenedAdapter(each.names, _adapters_format(each, checkpoint, tokenizer, chat_format), each.folder.num_slots)
+        for each in group.adapters
     )
     for names, own in ((group.names, chat_format), *((each.names, each.chat_format) for each in adapters)):
         _log.info("prompt format", model=",".join(names), format=own.name, source=own.source)

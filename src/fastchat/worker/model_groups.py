@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastchat.errors import ConfigError
-from fastchat.models.adapter_folder import AdapterFolder, find_adapter
+from fastchat.models.adapter_folder import AnyAdapter, find_adapter
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.worker.config import ModelSpec
 from fastchat.worker.model_needs import PlannedModel
@@ -28,7 +28,7 @@ BASE_MARK = "+"
 class AdapterGroup:
     """An adapter and the names it is served under."""
 
-    folder: AdapterFolder
+    folder: AnyAdapter
     names: tuple[str, ...]
     conv_template: str | None
 
@@ -52,7 +52,7 @@ class ModelGroup:
 def group_models(specs: Sequence[ModelSpec]) -> tuple[ModelGroup, ...]:
     """One group for each base, in the order given. Raises `CheckpointError` or `ConfigError` in one line."""
     bases: list[ModelSpec] = []
-    adapters: list[tuple[ModelSpec, AdapterFolder, Path | None]] = []
+    adapters: list[tuple[ModelSpec, AnyAdapter, Path | None]] = []
     for spec in specs:
         base, path = _split(spec.path)
         folder = find_adapter(path)
@@ -104,7 +104,7 @@ def _split(path: Path) -> tuple[Path | None, Path]:
     return None, path
 
 
-def _find_base(folder: AdapterFolder, given: Path | None, opened: list[tuple[ModelSpec, Checkpoint]]) -> int:
+def _find_base(folder: AnyAdapter, given: Path | None, opened: list[tuple[ModelSpec, Checkpoint]]) -> int:
     """The index of its base in `opened`, to which one is added that no flag names."""
     if given is not None:
         return _index_of(given, opened)
@@ -122,7 +122,7 @@ def _find_base(folder: AdapterFolder, given: Path | None, opened: list[tuple[Mod
     )
 
 
-def _named_folders(folder: AdapterFolder) -> Iterator[Path]:
+def _named_folders(folder: AnyAdapter) -> Iterator[Path]:
     if folder.base_name:
         yield folder.path / folder.base_name  # an absolute name stays what it is
         yield folder.path.parent / folder.base_name

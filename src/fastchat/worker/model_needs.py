@@ -22,7 +22,7 @@ from fastchat.engine.engine_config import (
     max_useful_blocks,
 )
 from fastchat.errors import ConfigError
-from fastchat.models.adapter_folder import AdapterFolder
+from fastchat.models.adapter_folder import AnyAdapter
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.footprint import Footprint
 from fastchat.models.precision import choose_dtype
@@ -59,7 +59,7 @@ class PlannedModel:
     num_adapter_values: int = 0
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, name: str, adapters: Iterable[AdapterFolder] = ()) -> PlannedModel:
+    def of(cls, checkpoint: Checkpoint, name: str, adapters: Iterable[AnyAdapter] = ()) -> PlannedModel:
         """Read the headers. Raises `CheckpointError` for what cannot be loaded."""
         files = (checkpoint.path / name for name in TOKENIZER_FILES)
         num_file_bytes = sum(file.stat().st_size for file in files if file.is_file())
