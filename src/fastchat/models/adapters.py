@@ -18,6 +18,7 @@ from fastchat.models.adapter_folder import PrefixFolder, find_adapter
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.lora import LoraChange, find_places, load_lora
 from fastchat.models.prefix_tuning import PrefixChange, load_prefix
+from fastchat.native.low_rank import add_low_rank
 
 
 class ChangedRows(Protocol):
@@ -57,10 +58,13 @@ class AdaptedLinear(nn.Module):
         output: Tensor = self.base(inputs)
         if self._step.changed:
             rows, flat = inputs.reshape(-1, inputs.shape[-1]), output.view(-1, output.shape[-1])
-            for each in self._step.changed:
-                low_rank = each.change.by_module.get(self.name)
-                if low_rank is not None:
-                    low_rank.add_to(flat[each.start : each.stop], rows[each.start : each.stop])
+            groups = [
+                (each.start, each.stop, change)
+                for each in self._step.changed
+                if (change := each.change.by_module.get(self.name)) is not None
+            ]
+            if groups:
+                add_low_rank(flat, rows, groups)
         return output
 
 

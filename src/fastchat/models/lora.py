@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fastchat.errors import CheckpointError
 from fastchat.models.adapter_folder import MERGE, AdapterFolder
 from fastchat.models.quantized_linear import QuantizedLinear
 from fastchat.models.weights import open_shard
-from fastchat.native.products import multiply
+from fastchat.native.low_rank import LowRank, UpPiece
 
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _TARGET = re.compile(r"model\.layers\.(?P<layer>\d+)\.(self_attn|mlp)\.(?P<leaf>\w+)\.weight")
@@ -35,29 +35,6 @@ class Place:
     start: int
     num_rows: int
     num_inputs: int
-
-
-@dataclass(slots=True)
-class LowRank:
-    """All changes of one module: h = down x, then output[start:] += up h[first:] for each of `ups`."""
-
-    downs: list[Tensor] = field(default_factory=list)
-    ups: list[tuple[int, int, Tensor]] = field(default_factory=list)
-    """(start, first, up (N, r) with its scale)"""
-    down: Tensor = field(default_factory=lambda: torch.empty(0))
-    """`downs` joined. # (sum of r, K)"""
-
-    def join(self) -> None:
-        """To be called once all parts are there."""
-        self.down = torch.cat(self.downs) if len(self.downs) > 1 else self.downs[0]
-        self.downs = []
-
-    def add_to(self, output: Tensor, rows: Tensor) -> None:
-        """Change `output` (T, N) in place for its inputs `rows` (T, K)."""
-        inner = multiply(rows, self.down)
-        for start, first, up in self.ups:
-            num_rows, rank = up.shape
-            output[:, start : start + num_rows] += multiply(inner[:, first : first + rank], up)
 
 
 class LoraChange:
@@ -82,7 +59,8 @@ class LoraChange:
     @property
     def num_bytes(self) -> int:
         """What it holds."""
-        tensors = [tensor for each in self.by_module.values() for tensor in (each.down, *(up for _, _, up in each.ups))]
+        changes = self.by_module.values()
+        tensors = [tensor for each in changes for tensor in (each.down, *(piece.up for piece in each.pieces))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -120,7 +98,7 @@ def load_lora(
     device: torch.device,
 ) -> LoraChange:
     """Read an adapter for the modules at `places`; `rename` is `Family.rename`. Raises `CheckpointError`."""
-    by_module: dict[str, LowRank] = {}
+    parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     for module, stored_down, stored_up in _read_pairs(folder):
         targets = [_place(folder, places, module, target) for target in rename(f"{module}.weight")]
         rank = len(stored_down)
@@ -129,10 +107,8 @@ def load_lora(
         down = stored_down.to(device, dtype)
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise CheckpointError(f"{folder.path}: {module} holds values that are not finite numbers in {dtype}")
-        _add(by_module, targets, down, up)
-    for each in by_module.values():
-        each.join()
-    return LoraChange(by_module)
+        _add(parts, targets, down, up)
+    return LoraChange({name: _joined(own) for name, own in parts.items()})
 
 
 def _check_shapes(folder: AdapterFolder, module: str, targets: Sequence[Place], down: Tensor, up: Tensor) -> None:
@@ -144,7 +120,9 @@ def _check_shapes(folder: AdapterFolder, module: str, targets: Sequence[Place], 
         )
 
 
-def _add(by_module: dict[str, LowRank], targets: Sequence[Place], down: Tensor, up: Tensor) -> None:
+def _add(
+    parts: dict[str, list[tuple[int, Tensor, Tensor]]], targets: Sequence[Place], down: Tensor, up: Tensor
+) -> None:
     """Cut `up` to its places; what lies side by side in one module stays whole."""
     sizes = [place.num_rows for place in targets]
     ends = list(itertools.accumulate(sizes))
@@ -156,9 +134,17 @@ def _add(by_module: dict[str, LowRank], targets: Sequence[Place], down: Tensor, 
         else:
             runs.append((place, end - size, end))
     for place, begin, end in runs:
-        change = by_module.setdefault(place.module, LowRank())
-        change.ups.append((place.start, sum(len(each) for each in change.downs), up[begin:end]))
-        change.downs.append(down)
+        parts.setdefault(place.module, []).append((place.start, down, up[begin:end]))
+
+
+def _joined(parts: Sequence[tuple[int, Tensor, Tensor]]) -> LowRank:
+    """One module's (start, A, B), their A one below the other."""
+    downs = [down for _, down, _ in parts]
+    firsts = [0, *itertools.accumulate(len(down) for down in downs)]
+    return LowRank(
+        torch.cat(downs).contiguous(),
+        tuple(UpPiece(start, first, up.t().contiguous()) for (start, _, up), first in zip(parts, firsts, strict=False)),
+    )
 
 
 def _end(place: Place, begin: int, end: int) -> int:

@@ -50,6 +50,7 @@ _SIGNATURES = {
     "fastchat_attend": (_INTEGER, *[_POINTER] * 11, *[_INTEGER] * 14, _FLOAT, _INTEGER),
     "fastchat_normalize": (_INTEGER, *[_POINTER] * 4, *[_INTEGER] * 2, _FLOAT, _INTEGER),
     "fastchat_silu_and_multiply": (_INTEGER, *[_POINTER] * 2, *[_INTEGER] * 3),
+    "fastchat_add_low_rank": (_INTEGER, *[_POINTER] * 3, *[_INTEGER] * 4),
     "fastchat_rotate": (_INTEGER, *[_POINTER] * 3, *[_INTEGER] * 7),
 }
 
