@@ -21,7 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastchat.web.translation import LANGUAGES, texts
 
-ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+SCRIPTS = ("basics.js", "models.js", "text.js", "page.js")
+"""In the order in which they run."""
+ASSETS = {"page.css": "text/css", "icon.svg": "image/svg+xml", **dict.fromkeys(SCRIPTS, "text/javascript")}
 _SCRIPT = re.compile(rb"<script(?=[\s>])")
 _HEAD = re.compile(rb"<head>")
 _META = re.compile(rb'<meta\s[^>]*(?:property="og:|name="twitter:)[^>]*/>\s*')
@@ -104,10 +106,11 @@ def _own_head() -> bytes:
     tables = json.dumps({language: texts(language) for language in LANGUAGES}, ensure_ascii=False).replace(
         "<", "\\u003c"
     )
-    style, script, icon = (f"page/{name}?{_digest(name)}" for name in ("page.css", "page.js", "icon.svg"))
+    style, icon, *scripts = (f"page/{name}?{_digest(name)}" for name in ("page.css", "icon.svg", *SCRIPTS))
     return (
         f'<link rel="icon" type="image/svg+xml" href="./{icon}"><link rel="stylesheet" href="./{style}">'
-        f'<script>window.fastchatTexts = {tables};</script><script src="./{script}"></script>'
+        f"<script>window.fastchatTexts = {tables};</script>"
+        + "".join(f'<script src="./{script}"></script>' for script in scripts)
     ).encode()
 
 

@@ -1,68 +1,21 @@
-// The browser's own part of the page: language, light and dark, the conversations and where they are kept, the list of
-// models. It runs before Gradio's scripts. `window.fastchat` is what the events of chat_tab.py call.
+// The browser's own part of the page: light and dark, the conversations and where they are kept. It runs last of our
+// scripts, before Gradio's. `window.fastchat` is what the events of chat_tab.py call.
 "use strict";
 (() => {
+  const { read, write, remove, word, switchLanguage, make, icon, iconButton, press, tell } = window.fastchat.basics;
+  const { askModels, followModels, isServed, drawModelState } = window.fastchat.models;
+  const { chooseModel, modelField, pairFields } = window.fastchat.models;
+  const { calm, label } = window.fastchat.text;
+
   const INDEX = "fastchat.conversations";
   const ONE = "fastchat.conversation.";
   const SETTINGS = "fastchat.settings";
   const MODEL = "fastchat.model";
-  const LANGUAGE = "fastchat.language";
   const THEME = "fastchat.theme";
   const SPEED = "fastchat.speed";
   const SAVE_EVERY_MS = 500;
   const ASK_MODELS_EVERY_MS = 2000;
   const MAX_IMPORT_BYTES = 32 * 1024 * 1024;
-
-  // ---- storage: a browser may forbid it, and then the page works without a memory -------------------------------
-
-  function read(key, otherwise) {
-    try {
-      const text = localStorage.getItem(key);
-      return text === null ? otherwise : JSON.parse(text);
-    } catch {
-      return otherwise;
-    }
-  }
-
-  function write(key, value) {
-    try {
-      localStorage.setItem(key, JSON.stringify(value));
-      return true;
-    } catch {
-      tell(word("storage_full"));
-      return false;
-    }
-  }
-
-  function remove(key) {
-    try {
-      localStorage.removeItem(key);
-    } catch {}
-  }
-
-  // ---- language: chosen here, else the browser's; Gradio asks the navigator --------------------------------------
-
-  function chosenLanguage() {
-    const kept = read(LANGUAGE, null);
-    if (kept === "en" || kept === "zh") return kept;
-    return (navigator.language || "en").toLowerCase().startsWith("zh") ? "zh" : "en";
-  }
-
-  const language = chosenLanguage();
-  const locale = language === "zh" ? "zh-CN" : "en";
-  Object.defineProperty(navigator, "language", { get: () => locale });
-  Object.defineProperty(navigator, "languages", { get: () => [locale] });
-  document.documentElement.lang = locale;
-  document.cookie = `fastchat_language=${language}; path=/; SameSite=Lax; max-age=31536000`;
-
-  function word(key, facts = {}) {
-    return window.fastchatTexts[language][key].replace(/\{(\w+)\}/g, (place, name) => facts[name] ?? place);
-  }
-
-  function switchLanguage() {
-    write(LANGUAGE, language === "zh" ? "en" : "zh");
-    location.reload();
-  }
 
   // ---- light and dark: chosen here, else the system's -------------------------------------------------------------
 
@@ -169,10 +122,6 @@
     if (timer === 0) timer = setTimeout(save, SAVE_EVERY_MS);
   }
 
-  function press(id) {
-    document.getElementById(id)?.click();
-  }
-
   function open(id) {
     save();
     if (document.body.classList.contains("answering")) press("stop");
@@ -190,7 +139,7 @@
 
   function shownValues(conversation) {
     const settings = [NOTHING, conversation.system ?? NOTHING, NOTHING, NOTHING, NOTHING, NOTHING];
-    if (conversation.model && models.models.includes(conversation.model)) settings[0] = conversation.model;
+    if (conversation.model && isServed(conversation.model)) settings[0] = conversation.model;
     return [returnToBox, forPane(conversation.messages), "", ...settings];
   }
 
@@ -332,89 +281,7 @@
     if (number > 0) document.querySelectorAll("#tabs [role=tab]")[number]?.click();
   }
 
-  // ---- models -----------------------------------------------------------------------------------------------------
-
-  let models = { models: [], loading: [], is_reachable: true };
-
-  async function askModels() {
-    try {
-      const answer = await fetch("./page/models", { cache: "no-store" });
-      if (answer.ok) models = await answer.json();
-    } catch {
-      models = { models: [], loading: [], is_reachable: false };
-    }
-    drawModelState();
-  }
-
-  async function followModels() {
-    if (document.hidden) return;
-    const before = JSON.stringify(models);
-    await askModels();
-    if (JSON.stringify(models) !== before) press("models-switch");
-  }
-
-  const chooseModel = (wanted) =>
-    [...models.models, ...models.loading].includes(wanted) ? wanted : (models.models[0] ?? models.loading[0] ?? null);
-
-  function modelField(value) {
-    const choices = [
-      ...models.models.map((name) => [name, name]),
-      ...models.loading.map((name) => [`${name} ${word("loading_suffix")}`, name]),
-    ];
-    return { __type__: "update", choices, value };
-  }
-
-  // Two selectors: each keeps its model while that is served, and they begin with different ones.
-  const pairFields = (chosen) =>
-    [0, 1].map((at) =>
-      modelField(models.models.includes(chosen[at]) ? chosen[at] : (models.models[at] ?? models.models[0] ?? null)),
-    );
-
-  const modelUpdate = (chosen, ...pair) => [modelField(chooseModel(chosen ?? read(MODEL, null))), ...pairFields(pair)];
-
-  function drawModelState() {
-    const place = document.getElementById("model-state");
-    if (!place) return;
-    let text = "";
-    if (!models.is_reachable) text = word("api_unreachable");
-    else if (models.models.length === 0 && models.loading.length > 0)
-      text = word("models_loading", { models: models.loading.join(", ") });
-    else if (models.models.length === 0) text = word("no_models");
-    if (place.textContent !== text) place.textContent = text;
-  }
-
   // ---- drawing ------------------------------------------------------------------------------------------------------
-
-  function make(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-      else if (value !== null) element.setAttribute(name, value);
-    }
-    element.append(...children);
-    return element;
-  }
-
-  const ICONS = {
-    menu: "M4 6h16M4 12h16M4 18h16",
-    plus: "M12 5v14M5 12h14",
-    pen: "M4 20h4L19 9l-4-4L4 16z",
-    down: "M12 4v11m0 0 4-4m-4 4-4-4M5 20h14",
-    bin: "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13",
-  };
-
-  function icon(name) {
-    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    svg.setAttribute("viewBox", "0 0 24 24");
-    svg.setAttribute("aria-hidden", "true");
-    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    path.setAttribute("d", ICONS[name]);
-    svg.append(path);
-    return svg;
-  }
-
-  const iconButton = (name, text, onclick) =>
-    make("button", { type: "button", class: "icon-button", "aria-label": text, title: text, onclick }, icon(name));
 
   function drawList() {
     const list = document.getElementById("conversation-list");
@@ -503,68 +370,6 @@
     place.append(make("label", {}, box, word("show_speed")));
   }
 
-  function tell(text) {
-    const note = make("div", { class: "note", role: "status" }, text);
-    document.body.append(note);
-    setTimeout(() => note.remove(), 6000);
-  }
-
-  // ---- text stays text ------------------------------------------------------------------------------------------
-  // Gradio shows Markdown without scripts. This takes out what could still fetch or cover: styles that name an address,
-  // and diagrams, which would be drawn from the model's text. It runs before the browser lays the new nodes out.
-
-  // A handler would be refused by the page's policy, with an error in the console for each. The text loses it before the
-  // browser reads it as HTML, which Gradio does in a template.
-  const html = Object.getOwnPropertyDescriptor(Element.prototype, "innerHTML");
-  const withoutHandlers = (tag) => tag.replace(/[\s/"']on\w+\s*=\s*("[^"]*"|'[^']*'|[^\s>]*)/gi, " ");
-  Object.defineProperty(HTMLTemplateElement.prototype, "innerHTML", {
-    get: html.get,
-    set(text) {
-      html.set.call(this, String(text).replace(/<[a-z][^>]*>/gi, withoutHandlers));
-    },
-    configurable: true,
-  });
-
-  function calm(root) {
-    for (const element of root.querySelectorAll("[style]")) {
-      if (/url|image|src|@|\\|position\s*:\s*(fixed|sticky|absolute)/i.test(element.getAttribute("style")) && !element.closest(".katex"))
-        element.removeAttribute("style");
-    }
-    for (const element of root.querySelectorAll("[background]")) element.removeAttribute("background");
-    for (const diagram of root.querySelectorAll(".mermaid:not([data-processed])")) {
-      diagram.replaceWith(make("pre", {}, make("code", {}, diagram.textContent)));
-    }
-  }
-
-  // ---- Gradio's own labels, which know one language ------------------------------------------------------------
-
-  const LABELS = {
-    Clear: "clear",
-    "Copy message": "copy_message",
-    "Copied message": "copied_message",
-    Edit: "edit",
-    Retry: "retry",
-    Undo: "undo",
-    Submit: "submit",
-    Cancel: "cancel",
-    "Copy code": "copy_code",
-    "chatbot conversation": "chat_pane",
-  };
-
-  function label(root) {
-    for (const element of root.querySelectorAll("[aria-label]")) {
-      const text = element.getAttribute("aria-label");
-      const key = LABELS[text];
-      const [, who, rest] = text.match(/^(user|bot)'s message: ([^]*)$/) ?? [];
-      if (key) element.setAttribute("aria-label", word(key));
-      else if (who) element.setAttribute("aria-label", `${word(who === "user" ? "you_said" : "model_said")} ${rest}`);
-    }
-    for (const element of root.querySelectorAll("[title]")) {
-      const key = LABELS[element.title];
-      if (key) element.title = word(key);
-    }
-  }
-
   function watch() {
     new MutationObserver((changes) => {
       if (!changes.some((change) => change.addedNodes.length > 0)) return;
@@ -589,5 +394,5 @@
     watch();
   });
 
-  window.fastchat = { begin, end, stopped, keep, keepSettings, opened, start, modelUpdate };
+  Object.assign(window.fastchat, { begin, end, stopped, keep, keepSettings, opened, start });
 })();
