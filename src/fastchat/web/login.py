@@ -13,9 +13,11 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fastchat.web.shell import ASSETS
+
 _OPEN = re.compile(
     r"/(?:login/?|logout|theme\.css|favicon\.ico|manifest\.json|robots\.txt"
-    r"|(?:assets|static)/.*|page/(?:page\.css|page\.js|icon\.svg)|gradio_api/theme\.css)?"
+    rf"|(?:assets|static)/.*|page/(?:{'|'.join(map(re.escape, ASSETS))})|gradio_api/theme\.css)?"
 )
 """The empty page with its form, and the files that draw it."""
 
