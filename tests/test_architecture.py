@@ -19,7 +19,7 @@ LAYERS = [
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 ALLOWED_ROOTS = {
-    "native": {"torch"},
+    "native": {"torch", "triton"},
     "engine": {"torch", "transformers", "tokenizers", "numpy"},
     "models": {"torch", "transformers", "tokenizers", "numpy", "safetensors", "sentencepiece", "jinja2", "tqdm"},
 }

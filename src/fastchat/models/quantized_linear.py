@@ -1,7 +1,8 @@
 """Linears that hold their weight in a quantized form, in the place of torch's own within transformers' classes.
 
-On a CPU the products are those of `native/products.py`; elsewhere they are made of what torch has there, on the same
-stored form. Either way a row's result does not depend on the rows beside it: activations have a scale per row, or none.
+On a CPU the products are those of `native/products.py`, on CUDA with Triton those of `native/triton_products.py`;
+elsewhere they are made of what torch has there. All take the same stored form, and a row's result does not depend on
+the rows beside it: activations have a scale per row, or none.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from fastchat.models.quantize import dequantize_int4
+from fastchat.native.accelerator import runs_triton
 from fastchat.native.products import multiply_int4, multiply_int8, quantize_rows
 
 MIN_INTEGER_ROWS = 32
@@ -55,6 +57,10 @@ class Int8Linear(QuantizedLinear):
         self.scales = _parameter(scales)
 
     def _multiply(self, rows: Tensor) -> Tensor:
+        if runs_triton(rows.device):
+            from fastchat.native import triton_products  # importable only where Triton is
+
+            return triton_products.multiply_int8(rows, self.weight, self.scales, self.bias)
         multiply = multiply_int8 if rows.device.type == "cpu" else multiply_int8_on_device
         return multiply(rows, self.weight, self.scales, self.bias)
 
@@ -70,6 +76,10 @@ class Int4Linear(QuantizedLinear):
         self.scales = _parameter(scales)
 
     def _multiply(self, rows: Tensor) -> Tensor:
+        if runs_triton(rows.device):
+            from fastchat.native import triton_products  # importable only where Triton is
+
+            return triton_products.multiply_int4(rows, self.packed, self.scales, self.bias)
         multiply = multiply_int4 if rows.device.type == "cpu" else multiply_int4_on_device
         return multiply(rows, self.packed, self.scales, self.bias)
 
