@@ -4,11 +4,12 @@ A step is one packed batch: the new tokens of all sequences side by side, `[1, n
 layer's queries, keys and values to `paged_attention` together with the step's `AttentionStep`; the new keys and
 values are written to their slots, then every sequence attends over its own blocks.
 
-Three kernels, one result (there is an equality test):
+Four kernels, one result (there are equality tests):
 
     attend_each     one call per sequence; adjacent blocks are read in place. For CPU.
     attend_native   all sequences in one call of our C++. For CPU where C++ can be had.
-    attend_padded   decoding sequences in one padded call, the rest one by one. For CUDA.
+    attend_triton   decoding sequences in one launch, chunks of prompts in another. For CUDA.
+    attend_padded   decoding sequences in one padded call, the rest one by one. For CUDA without Triton.
 
 Query heads that share a KV head become query rows (decode) or a broadcast dimension (prefill), so keys and values
 are never copied per query head. Letters: H query heads, K KV heads, G = H / K, D head size, L context length.
@@ -28,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastchat.native import attention as native_attention
 from fastchat.native.attention import Queries
+from fastchat.native.paged_queries import PagedQueries
 
 ATTENTION_NAME = "fastchat_paged"
 
@@ -118,6 +120,8 @@ class AttentionStep:
     """Block ids of the decoding spans for `attend_padded`, filled up with 0. # (num_decoding, max_blocks)"""
     queries: Queries | None = None
     """The spans as `attend_native` takes them."""
+    paged_queries: tuple[PagedQueries, ...] = ()
+    """The spans as `attend_triton` takes them."""
 
 
 def paged_attention(
@@ -168,6 +172,17 @@ def attend_padded(inputs: LayerInputs, step: AttentionStep) -> Tensor:
     for span in step.spans:
         if span.num_queries > 1:
             _attend_span(inputs, step, span, output)
+    return output
+
+
+def attend_triton(inputs: LayerInputs, step: AttentionStep) -> Tensor:
+    """Everything by Triton's kernels. -> (num_tokens, H, D)."""
+    from fastchat.native.triton_attention import attend  # Triton comes with torch's CUDA build alone
+
+    _write_new(inputs, step)
+    output = _new_output(inputs.query)
+    for queries in step.paged_queries:
+        attend(queries, inputs.query, inputs.keys, inputs.values, output, scaling=inputs.scaling, window=inputs.window)
     return output
 
 
