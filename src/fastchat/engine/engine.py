@@ -18,6 +18,7 @@ from fastchat.engine.client import EngineLimits
 from fastchat.engine.drafting import Drafter
 from fastchat.engine.engine_config import EngineConfig, default_block_size, max_drafted_rows, max_useful_blocks
 from fastchat.engine.events import EngineStats, FinishReason, SequenceEvent, SequenceRequest, TokenLogprobs
+from fastchat.engine.execution import Execution
 from fastchat.engine.kv_cache import BlockPool
 from fastchat.engine.model_runner import KVShape, ModelRunner, StepOutput
 from fastchat.engine.sampler import SampledToken, Sampler, describe_tokens
@@ -32,12 +33,27 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Runs many sequences over one model, and over its `adapters` where it has a side for them. Not thread-safe."""
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig, host: AdapterHost | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        host: AdapterHost | None = None,
+        execution: Execution | None = None,
+    ) -> None:
+        """`execution` None is the fastest that the model's device has."""
         self.adapters = AdapterTable(host)
         block_size = config.block_size or default_block_size(model.device.type)
         num_blocks = _num_blocks(model, config, block_size)
+        max_context = min(config.max_context, num_blocks * block_size)
         self._runner = ModelRunner(
-            model, num_blocks=num_blocks, block_size=block_size, on_layer=self._note_layer, host=host
+            model,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_running=config.max_running,
+            max_context=max_context,
+            execution=execution or Execution.of(model.device, model.dtype),
+            on_layer=self._note_layer,
+            host=host,
         )
         self._sampler = Sampler(self._runner.vocab_size)
         self._scheduler = Scheduler(
@@ -48,7 +64,7 @@ class Engine:
             prefix_caching=config.prefix_caching,
             drafter=Drafter(
                 max_rows=max_drafted_rows(model.device.type) if config.speculation else 1,
-                max_context=min(config.max_context, num_blocks * block_size),
+                max_context=max_context,
             ),
         )
         self._sequences: dict[str, Sequence] = {}
@@ -57,7 +73,7 @@ class Engine:
         self._num_arrivals = 0
         self._counts = _Counts()
         self.limits = EngineLimits(
-            max_context=min(config.max_context, num_blocks * block_size),
+            max_context=max_context,
             num_blocks=num_blocks,
             block_size=block_size,
             vocab_size=self._runner.vocab_size,

@@ -7,25 +7,26 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from fastchat.engine.adapters import AdapterHost, AdapterRows
 from fastchat.engine.attention import (
     ATTENTION_NAME,
     AttentionStep,
     KVCacheTensors,
-    LayerInputs,
     SequenceSpan,
-    attend_each,
     attend_native,
     attend_padded,
     native_queries,
     paged_attention,
 )
+from fastchat.engine.decode_graphs import DecodeGraphs, DecodeInputs
 from fastchat.engine.engine_config import max_logits_rows
+from fastchat.engine.execution import Execution
+from fastchat.engine.paged_step import paged_queries
 from fastchat.engine.scheduler import ScheduledBatch, ScheduledSequence
 from fastchat.engine.sequence import Sequence
-from fastchat.native import attention as native_attention
+from fastchat.engine.staging import send
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,14 @@ class ModelRunner:
         *,
         num_blocks: int,
         block_size: int,
+        max_running: int,
+        max_context: int,
+        execution: Execution,
         on_layer: Callable[[], None],
         host: AdapterHost | None = None,
     ) -> None:
+        # Attention makes its own masks; transformers builds none for a name that it knows no mask for.
         AttentionInterface.register(ATTENTION_NAME, paged_attention)
-        AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
         model.set_attn_implementation(ATTENTION_NAME)
         self.device = model.device
         self.vocab_size: int = model.get_output_embeddings().out_features
@@ -63,22 +67,38 @@ class ModelRunner:
         self._output_head = model.get_output_embeddings()
         self._on_layer = on_layer
         self._host = host
-        self._kernel = _kernel_for(self.device, model.dtype)
+        self._execution = execution
+        self._kernel = execution.kernel
         self._max_logits_rows = max_logits_rows(self.device.type)
         shape = KVShape.of(model)
         self._cache = KVCacheTensors(
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
-            num_blocks=num_blocks,
+            num_blocks=num_blocks + (execution.graphs is not None),  # one to write to for rows that fill up a batch
             block_size=block_size,
             dtype=model.dtype,
             device=self.device,
         )
+        self._graphs: DecodeGraphs | None = None
+        if execution.graphs is not None:
+            self._graphs = DecodeGraphs(
+                execution.graphs,
+                self._forward_decoding,
+                max_running=max_running,
+                max_blocks=-(-max_context // block_size),
+                block_size=block_size,
+                spare_slot=num_blocks * block_size,
+                device=self.device,
+            )
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepOutput:
         """Compute the batch's tokens; their keys and values are in the cache afterwards."""
+        if self._graphs is not None and self._graphs.takes(batch):
+            hidden_states = self._graphs.run(batch)
+            self._on_layer()
+            return StepOutput(list(batch.scheduled), hidden_states)
         batch = _grouped_by_adapter(batch)
         token_ids: list[int] = []
         positions: list[int] = []
@@ -91,7 +111,7 @@ class ModelRunner:
             positions += range(item.start, item.end + len(item.draft))
             slot_numbers += self._slots(item)
             self._fill_prefix(item)
-        slots = torch.tensor(slot_numbers, device=self.device)
+        ids, places, slots = send([token_ids, positions, slot_numbers], self.device)
         step = AttentionStep(
             cache=self._cache,
             kernel=self._kernel,
@@ -100,16 +120,38 @@ class ModelRunner:
             on_layer=self._on_layer,
             padded_blocks=self._padded_blocks(spans) if self._kernel is attend_padded else None,
             queries=native_queries(spans, slots, self._cache.block_size) if self._kernel is attend_native else None,
+            paged_queries=paged_queries(spans, self._cache.block_size, self.device) if self._is_paged else (),
         )
         if self._host is not None:
             self._host.use(_adapter_rows(batch, spans))
-        hidden_states = self._decoder(
-            input_ids=torch.tensor([token_ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
+        return self._collect(batch, spans, self._forward(ids, places, step))
+
+    @property
+    def _is_paged(self) -> bool:
+        return self._execution.takes_paged_queries
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
+        """Hidden states of the packed batch, (num_tokens, hidden_size)."""
+        hidden_states: Tensor = self._decoder(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
             use_cache=False,
             attention_step=step,
-        ).last_hidden_state[0]  # (num_tokens, hidden_size)
-        return self._collect(batch, spans, hidden_states)
+        ).last_hidden_state
+        return hidden_states[0]
+
+    def _forward_decoding(self, inputs: DecodeInputs) -> Tensor:
+        if self._host is not None:
+            self._host.use([])  # a graph has no adapter's rows
+        step = AttentionStep(
+            cache=self._cache,
+            kernel=self._kernel,
+            slots=inputs.slots,
+            spans=[],
+            on_layer=self._on_layer,
+            paged_queries=(inputs.queries,),
+        )
+        return self._forward(inputs.token_ids, inputs.positions, step)
 
     def _collect(self, batch: ScheduledBatch, spans: list[SequenceSpan], hidden_states: Tensor) -> StepOutput:
         """Only the rows that somebody needs."""
@@ -127,7 +169,7 @@ class ModelRunner:
             if item.is_last_chunk:
                 sampling.append(item)
                 last_rows += range(rows.stop - 1 - len(item.draft), rows.stop)
-        last_hidden = hidden_states[last_rows] if last_rows else None
+        last_hidden = hidden_states.index_select(0, *send([last_rows], self.device)) if last_rows else None
         return StepOutput(sampling, last_hidden, prompt_hidden, hidden_sums)
 
     @torch.inference_mode()
@@ -149,7 +191,7 @@ class ModelRunner:
             context_length=context_length,
             block_ids=block_ids,
             first_slot=block_ids[0] * block_size if are_adjacent else None,
-            block_index=None if are_adjacent else torch.tensor(block_ids, device=self.device),
+            block_index=None if are_adjacent or self._is_paged else torch.tensor(block_ids, device=self.device),
         )
 
     def _slots(self, item: ScheduledSequence) -> list[int]:
@@ -223,13 +265,3 @@ def _adapter_rows(batch: ScheduledBatch, spans: list[SequenceSpan]) -> list[Adap
             start = rows.pop().start
         rows.append(AdapterRows(change, start, stop))
     return rows
-
-
-def _kernel_for(device: torch.device, dtype: torch.dtype) -> Callable[[LayerInputs, AttentionStep], Tensor]:
-    if device.type == "cuda":
-        return attend_padded
-    return attend_native if device.type == "cpu" and native_attention.is_available(dtype) else attend_each
-
-
-def _no_mask(*_: object, **__: object) -> None:
-    """Attention makes its own masks per sequence; transformers need not build one over the packed batch."""

@@ -1,0 +1,45 @@
+"""How an engine computes its steps on a device: which attention, and whether decode steps are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastchat.engine.attention import (
+    AttentionStep,
+    LayerInputs,
+    attend_each,
+    attend_native,
+    attend_padded,
+    attend_triton,
+)
+from fastchat.engine.decode_graphs import CudaGraphs, GraphBackend
+from fastchat.native import attention as native_attention
+from fastchat.native.accelerator import runs_triton
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """The choice for one engine."""
+
+    kernel: Callable[[LayerInputs, AttentionStep], Tensor]
+    graphs: GraphBackend | None = None
+    """None computes every step operation by operation."""
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype) -> Execution:
+        """The fastest that the device has."""
+        if runs_triton(device):
+            return cls(attend_triton, CudaGraphs())
+        if device.type == "cuda":
+            return cls(attend_padded)
+        is_native = device.type == "cpu" and native_attention.is_available(dtype)
+        return cls(attend_native if is_native else attend_each)
+
+    @property
+    def takes_paged_queries(self) -> bool:
+        """Whether the kernel wants the spans as `PagedQueries`; the graphs' inputs are no others."""
+        return self.graphs is not None or self.kernel is attend_triton
