@@ -44,6 +44,7 @@ class Engine:
         self.adapters = AdapterTable(host)
         block_size = config.block_size or default_block_size(model.device.type)
         num_blocks = _num_blocks(model, config, block_size)
+        execution = execution or Execution.of(model.device, model.dtype)
         max_context = min(config.max_context, num_blocks * block_size)
         self._runner = ModelRunner(
             model,
@@ -51,11 +52,11 @@ class Engine:
             block_size=block_size,
             max_running=config.max_running,
             max_context=max_context,
-            execution=execution or Execution.of(model.device, model.dtype),
+            execution=execution,
             on_layer=self._note_layer,
             host=host,
         )
-        self._sampler = Sampler(self._runner.vocab_size)
+        self._sampler = Sampler(self._runner.vocab_size, waits_once=execution.waits_once)
         self._scheduler = Scheduler(
             BlockPool(num_blocks, block_size),
             PriorityQueue(),

@@ -28,14 +28,16 @@ class Execution:
     kernel: Callable[[LayerInputs, AttentionStep], Tensor]
     graphs: GraphBackend | None = None
     """None computes every step operation by operation."""
+    waits_once: bool = False
+    """Whether the device runs beside the host, which then waits for a step's token ids and for nothing else."""
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> Execution:
         """The fastest that the device has."""
         if runs_triton(device):
-            return cls(attend_triton, CudaGraphs())
+            return cls(attend_triton, CudaGraphs(), waits_once=True)
         if device.type == "cuda":
-            return cls(attend_padded)
+            return cls(attend_padded, waits_once=True)
         is_native = device.type == "cpu" and native_attention.is_available(dtype)
         return cls(attend_native if is_native else attend_each)
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastchat.engine import device_sampling
 from fastchat.engine.engine_config import max_sampled_rows
 from fastchat.engine.events import TokenLogprobs
+from fastchat.engine.random_unit import random_unit
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.engine.sequence import Sequence
+from fastchat.engine.staging import send, send_floats
 
-_MASK_64 = (1 << 64) - 1
 _NUM_CANDIDATES = (64, 1024)
 """Cut-offs look at so many of the most probable tokens first; sorting a whole vocabulary costs twenty times as much."""
 
@@ -34,8 +36,10 @@ class SampledToken:
 class Sampler:
     """Chooses next tokens. Keeps what penalties need to know of a sequence, from its first token until `forget`."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, waits_once: bool = False) -> None:
+        """`waits_once`: choose as `device_sampling.py` does, for a device that runs beside the host."""
         self._vocab_size = vocab_size
+        self._waits_once = waits_once
         self._token_counts: dict[str, _TokenCounts] = {}
 
     def __repr__(self) -> str:
@@ -64,22 +68,37 @@ class Sampler:
     def _sample(self, sequences: Rows[Sequence], logits: Tensor, num_ahead: int) -> list[SampledToken]:
         if logits.device.type == "mps":  # which lacks the float64 that sums over a vocabulary need
             logits = logits.cpu()
+        token_ids: Rows[int | None]
+        if self._waits_once:
+            adjusted = self._adjust(list(sequences), logits, num_ahead)
+            token_ids = device_sampling.choose(sequences, logits, adjusted, num_ahead)
+        else:
+            token_ids = self._choose_sound(sequences, logits, num_ahead)
+        return [
+            SampledToken(None) if token_id is None else self._note(sequence, token_id, logits[row : row + 1])
+            for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
+        ]
+
+    def _note(self, sequence: Sequence, token_id: int, logits: Tensor) -> SampledToken:
+        """Count a sequence's new token, and describe it where that is wanted. logits (1, vocab_size)."""
+        if sequence.sequence_id in self._token_counts:
+            self._token_counts[sequence.sequence_id].output[token_id] += 1
+        num_top = sequence.sampling.top_logprobs
+        return SampledToken(token_id, None if num_top is None else describe_tokens(logits, [token_id], num_top)[0])
+
+    def _choose_sound(self, sequences: Rows[Sequence], logits: Tensor, num_ahead: int) -> list[int | None]:
+        """A token for each row whose logits are numbers."""
         largest, most_probable = logits.max(dim=-1)
         wanted = [row for row, value in enumerate(largest.tolist()) if math.isfinite(value)]
         if len(wanted) == len(sequences):
-            token_ids = self._choose(list(sequences), logits, most_probable, num_ahead)
-        else:
-            sound = [sequences[row] for row in wanted]
-            token_ids = self._choose(sound, logits[wanted], most_probable[wanted], num_ahead)
-        sampled = [SampledToken(None)] * len(sequences)
-        for row, token_id in zip(wanted, token_ids, strict=True):
-            sequence = sequences[row]
-            num_top = sequence.sampling.top_logprobs
-            logprobs = None if num_top is None else describe_tokens(logits[row : row + 1], [token_id], num_top)[0]
-            sampled[row] = SampledToken(token_id, logprobs)
-            if sequence.sequence_id in self._token_counts:
-                self._token_counts[sequence.sequence_id].output[token_id] += 1
-        return sampled
+            return [*self._choose(list(sequences), logits, most_probable, num_ahead)]
+        sound = [sequences[row] for row in wanted]
+        chosen: list[int | None] = [None] * len(sequences)
+        for row, token_id in zip(
+            wanted, self._choose(sound, logits[wanted], most_probable[wanted], num_ahead), strict=True
+        ):
+            chosen[row] = token_id
+        return chosen
 
     def _choose(self, sequences: list[Sequence], logits: Tensor, most_probable: Tensor, num_ahead: int) -> list[int]:
         if not sequences:
@@ -107,10 +126,12 @@ class Sampler:
                 self._penalize(sequence, edited[row])
             if sampling.logit_bias:
                 ids, biases = zip(*sampling.logit_bias, strict=True)
-                edited[row, list(ids)] += torch.tensor(biases, device=logits.device)
+                (at,), (values,) = send([ids], logits.device), send_floats([biases], logits.device)
+                edited[row].index_add_(0, at, values.float())
             if forbids_end:
                 inside = [token_id for token_id in sampling.ending_token_ids if token_id < self._vocab_size]
-                edited[row, inside] = -torch.inf
+                (at,) = send([inside], logits.device)
+                edited[row].index_fill_(0, at, -torch.inf)
         return logits if edited is None else edited
 
     def _penalize(self, sequence: Sequence, row: Tensor) -> None:
@@ -157,21 +178,6 @@ def describe_tokens(logits: Tensor, token_ids: Rows[int], num_top: int) -> list[
             token_ids, chosen, top.indices.tolist(), top.values.tolist(), strict=True
         )
     ]
-
-
-def random_unit(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing else; SplitMix64 (Steele et al., OOPSLA 2014) over the three."""
-    state = _mix(seed & _MASK_64)
-    state = _mix((state + choice) & _MASK_64)
-    state = _mix((state + position) & _MASK_64)
-    return (state >> 11) * 2.0**-53
-
-
-def _mix(state: int) -> int:
-    state = (state + 0x9E3779B97F4A7C15) & _MASK_64
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return state ^ (state >> 31)
 
 
 def _draw(sequences: list[Sequence], logits: Tensor, num_ahead: int) -> list[int]:
