@@ -75,7 +75,9 @@ class Measured:
     first_token_s: float
 
 
-def build_model(shape: str, num_layers: int | None, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def build_model(
+    shape: str, num_layers: int | None, dtype: torch.dtype, device: str = "cpu"
+) -> transformers.PreTrainedModel:
     """transformers' class with random weights, small enough that activations stay in range."""
     family, options = SHAPES[shape]
     if num_layers is not None:
@@ -83,7 +85,7 @@ def build_model(shape: str, num_layers: int | None, dtype: torch.dtype) -> trans
     config = getattr(transformers, f"{family}Config")(**options)
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
-    model = model.to_empty(device="cpu").to(dtype)
+    model = model.to(dtype).to_empty(device=device)
     model.tie_weights()  # to_empty gives a tied head memory of its own
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -91,7 +93,7 @@ def build_model(shape: str, num_layers: int | None, dtype: torch.dtype) -> trans
                 parameter.fill_(1.0)
             else:
                 parameter.uniform_(-((3 / parameter.shape[-1]) ** 0.5), (3 / parameter.shape[-1]) ** 0.5)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model.requires_grad_(requires_grad=False).eval()
 
 
