@@ -70,8 +70,9 @@ def served_below_a_path(tmp_path_factory):
     ports = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--web-port", "0")
     models = [word for name in PAIR for word in ("--model-path", DEMO_MODEL, "--model-names", name)]
     flags = (*ports, *models, "--gradio-root-path", "/chat/")
-    with start_command("launch", *flags, state_dir=tmp_path_factory.mktemp("serve")) as serving:
-        url = serving.wait_for_line(r"^  page    (http://\S+)$", limit_s=90)[1]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    with start_command("launch", *flags, state_dir=tmp_path_factory.mktemp("serve"), environment=one_thread) as serving:
+        url = serving.wait_for_line(r"^  page    (http://\S+)$")[1]
         with below_path("/chat", url) as proxy_url:
             yield proxy_url
 
