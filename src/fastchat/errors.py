@@ -62,13 +62,23 @@ class InvalidRequestError(RequestError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """Prompt and requested answer do not fit the model's context. Counts are in tokens."""
+    """Prompt and requested answer do not fit the model's context. Counts are in tokens.
+
+    `is_at_least`: the prompt was not tokenized, since its length alone shows that it has so many tokens or more.
+    """
 
     def __init__(
-        self, *, num_prompt_tokens: int, max_tokens: int | None, max_context: int, param: str = "messages"
+        self,
+        *,
+        num_prompt_tokens: int,
+        max_tokens: int | None,
+        max_context: int,
+        param: str = "messages",
+        is_at_least: bool = False,
     ) -> None:
         if max_tokens is None:
-            asked = f"the prompt alone has {num_prompt_tokens} tokens and leaves no room for an answer"
+            count = f"at least {num_prompt_tokens}" if is_at_least else f"{num_prompt_tokens}"
+            asked = f"the prompt alone has {count} tokens and leaves no room for an answer"
             remedy = "shorten the prompt"
         else:
             asked = (

@@ -13,7 +13,7 @@ from fastchat.api.request_context import RequestContext
 from fastchat.api.served_model import ServedModel, ServedModels
 from fastchat.engine.client import EngineClient, EngineLimits
 from fastchat.engine.events import EngineStats, FinishReason, SequenceEvent, SequenceRequest, TokenLogprobs
-from fastchat.models.interface import ChatMessage, SamplingDefaults
+from fastchat.models.interface import ChatMessage, SamplingDefaults, any_length
 
 EOS = 256
 USER = 257
@@ -29,6 +29,7 @@ class ByteTokenizer:
 
     vocab_size = VOCAB_SIZE
     eos_token_ids = frozenset({EOS})
+    max_id_characters = 4
 
     def encode(self, text):
         return [*text.encode()]
@@ -63,8 +64,9 @@ class LineFormat:
         self.stop_strings = stop_strings
         self.strips_leading_space = strips_leading_space
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt=True, check_length=any_length):
         lines = "".join(f"{message.role}:{message.content}\n" for message in messages)
+        check_length(len(lines))
         return [*(lines + ("assistant:" if add_generation_prompt else "")).encode()]
 
 

@@ -8,6 +8,7 @@ from fastchat.engine.events import FinishReason, SequenceEvent
 from fastchat.errors import ContextLengthError, EngineError, InvalidRequestError, ModelNotFoundError, UnavailableError
 from tests.api.scripted import (
     EOS,
+    ByteTokenizer,
     ScriptedEngine,
     answer,
     served,
@@ -34,6 +35,34 @@ def test_prompt_and_answer_must_fit():
         await whole(models, {"prompt": "x"})
         await whole(models, {"prompt": "x" * 190})
         assert [request.sampling.max_tokens for request in engine.requests] == [182, 16, 10]
+
+    asyncio.run(run())
+
+
+class CountingTokenizer(ByteTokenizer):
+    """How often it was asked for ids."""
+
+    num_asked = 0
+
+    def encode(self, text):
+        self.num_asked += 1
+        return super().encode(text)
+
+
+@pytest.mark.parametrize(("num_characters", "num_asked"), [(10_000_000, 0), (801, 0), (800, 1)])
+def test_a_text_that_cannot_fit_is_refused_by_its_length(num_characters, num_asked):
+    """200 tokens of at most 4 characters have room for 800; only what is longer is not tokenized."""
+
+    async def run():
+        tokenizer = CountingTokenizer()
+        models = served(ScriptedEngine(lambda _: [EOS]), tokenizer=tokenizer)
+        with pytest.raises(ContextLengthError) as caught:
+            await answer(models, {"prompt": ["x", "x" * num_characters]})
+        assert caught.value.param == "prompt"
+        assert tokenizer.num_asked == 2 * num_asked
+        if not num_asked:
+            assert f"at least {-(-num_characters // 4)} tokens" in caught.value.message
+            assert "maximum context length is 200" in caught.value.message
 
     asyncio.run(run())
 

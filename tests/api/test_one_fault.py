@@ -39,10 +39,10 @@ class FaultyTokenizer(ByteTokenizer):
 class FaultyFormat(LineFormat):
     """Fails for one message, as a template with a bug would."""
 
-    def render(self, messages, *, add_generation_prompt=True):
+    def render(self, messages, *, add_generation_prompt=True, **options):
         if "broken" in messages[0].content:
             raise RuntimeError("a bug in the format")
-        return super().render(messages, add_generation_prompt=add_generation_prompt)
+        return super().render(messages, add_generation_prompt=add_generation_prompt, **options)
 
 
 def script(request):

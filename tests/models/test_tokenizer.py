@@ -14,12 +14,13 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastchat.errors import CheckpointError, InvalidRequestError
-from fastchat.models.backend_tokenizer import BackendTokenizer
+from fastchat.models.backend_tokenizer import BackendTokenizer, byte_values
 from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.length_bound import backend_bound
 from fastchat.models.tokenizer import TemplateTokenizer, load_tokenizer
 from tests.checkpoints import (
     PADDED_VOCAB_SIZE,
@@ -49,6 +50,41 @@ def sentencepiece_processor() -> Any:
 def test_decoding_gives_the_text_back(family: str, text: str) -> None:
     tokenizer = tokenizer_of(family)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3", "llama"])
+@settings(deadline=None)  # the first text waits for its tokenizer to be trained
+@given(text=TEXTS | st.sampled_from(SENTENCES) | st.text("啊 \n<|user>im_end", max_size=200))
+def test_no_text_has_fewer_ids_than_the_bound_says(family: str, text: str) -> None:
+    """In a plain prompt, and in a rendered one where names of tokens are tokens."""
+    tokenizer = tokenizer_of(family)
+    assert tokenizer.max_id_characters is not None
+    for token_ids in (tokenizer.encode_piece(text), tokenizer.encode_rendered(text)):
+        assert len(token_ids) * tokenizer.max_id_characters >= len(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": "  "}, "content": " "}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": "   "}},
+        {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+        {"pre_tokenizer": None},
+    ],
+)
+def test_a_tokenizer_that_may_lose_text_has_no_bound(change: dict[str, Any]) -> None:
+    """Then a text is tokenized before it is refused."""
+    definition = json.loads(byte_level_definition())
+    assert backend_bound(definition, byte_values(), []) is not None
+    assert backend_bound(definition | change, byte_values(), []) is None
+    for lossy in ("lstrip", "rstrip"):
+        eater = definition["added_tokens"][0] | {lossy: True}
+        assert backend_bound(definition | {"added_tokens": [eater]}, byte_values(), []) is None
+    model = definition["model"]
+    smaller = model | {"vocab": {token: number for token, number in model["vocab"].items() if token != "a"}}
+    assert backend_bound(definition | {"model": smaller}, byte_values(), []) is None
 
 
 @given(text=TEXTS)

@@ -16,7 +16,7 @@ from fastchat.api.resume import Resume
 from fastchat.api.sampling import AnswerLength, base_sampling
 from fastchat.api.served_model import ServedModel, ServedModels
 from fastchat.api.stop_strings import StopStrings
-from fastchat.api.text_work import chat_messages, parsed, render, unread_fields
+from fastchat.api.text_work import chat_messages, length_check, parsed, render, unread_fields
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.interface import ChatMessage, Tokenizer
 
@@ -149,4 +149,9 @@ async def _prompt(
     resumed = [resume.choice(index) for index in range(body.num_choices)]
     if resumed[0] is not None and None not in resumed:
         return resumed[0].prompt_token_ids
-    return await render(model, messages, add_generation_prompt=body.add_generation_prompt is not False)
+    return await render(
+        model,
+        messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        check_length=length_check(model, param="messages"),
+    )

@@ -17,7 +17,7 @@ from fastchat.api.resume import Resume
 from fastchat.api.sampling import AnswerLength, base_sampling
 from fastchat.api.served_model import ServedModel, ServedModels
 from fastchat.api.stop_strings import StopStrings
-from fastchat.api.text_work import parsed, prompts_ids, prompts_texts
+from fastchat.api.text_work import check_lengths, parsed, prompts_ids, prompts_texts
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.models.detokenizer import Detokenizer
 from fastchat.models.interface import Tokenizer
@@ -37,6 +37,7 @@ async def prepare_completion(
     model = models.find(body.model)
     resume.check(len(body.prompt) * body.num_choices)
     base = _sampling(body, model, context)
+    check_lengths(model, body.prompt, param="prompt")
     prompts = await prompts_ids(model, body.prompt, param="prompt")
     plans = plan_choices(
         prompts,

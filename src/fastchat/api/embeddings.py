@@ -25,7 +25,7 @@ from fastchat.api.parameters import Ignored
 from fastchat.api.protocol import EmbeddingRequest
 from fastchat.api.request_context import RequestContext
 from fastchat.api.served_model import ServedModel, ServedModels
-from fastchat.api.text_work import parsed, prompts_ids
+from fastchat.api.text_work import check_lengths, parsed, prompts_ids
 from fastchat.engine.events import FinishReason, SequenceRequest
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.errors import ContextLengthError, EngineError, FastChatError, InvalidRequestError, UnavailableError
@@ -43,6 +43,8 @@ async def prepare_embeddings(
     body, ignored = await parsed(EmbeddingRequest, document)
     model = models.find(body.model)
     _check_dimensions(body.dimensions, model)
+    if not model.truncates_embedding_input:
+        check_lengths(model, body.input, param="input")
     inputs = [_fitted(model, ids) for ids in await prompts_ids(model, body.input, param="input")]
     return EmbeddingAnswer(model, body, context, inputs=inputs, ignored=ignored, on_record=on_record)
 

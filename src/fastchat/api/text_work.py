@@ -11,8 +11,8 @@ from fastchat.api.off_the_loop import off_the_loop
 from fastchat.api.parameters import Ignored, parse_body
 from fastchat.api.protocol import Message
 from fastchat.api.served_model import ServedModel
-from fastchat.errors import InvalidRequestError
-from fastchat.models.interface import ChatMessage
+from fastchat.errors import ContextLengthError, InvalidRequestError
+from fastchat.models.interface import ChatMessage, LengthCheck, any_length
 
 Prompt = str | tuple[int, ...]
 BodyT = TypeVar("BodyT", bound=BaseModel)
@@ -51,13 +51,45 @@ async def encode(model: ServedModel, text: str, *, adds_prefix: bool = True) -> 
 
 
 async def render(
-    model: ServedModel, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+    model: ServedModel,
+    messages: Sequence[ChatMessage],
+    *,
+    add_generation_prompt: bool = True,
+    check_length: LengthCheck = any_length,
 ) -> tuple[int, ...]:
-    """Prompt ids of a conversation. Raises `InvalidRequestError`."""
+    """Prompt ids of a conversation. Raises `InvalidRequestError`, and what `check_length` raises before tokenizing."""
     size = sum(len(message.content) for message in messages)
     render_messages = model.chat_format.render
-    work = off_the_loop(lambda: render_messages(messages, add_generation_prompt=add_generation_prompt), size=size)
-    return tuple(await work)
+
+    def work() -> list[int]:
+        return render_messages(messages, add_generation_prompt=add_generation_prompt, check_length=check_length)
+
+    return tuple(await off_the_loop(work, size=size))
+
+
+def length_check(model: ServedModel, *, param: str) -> LengthCheck:
+    """Raises `ContextLengthError` for so many characters that no tokens of the context's number can hold them."""
+    per_id = model.tokenizer.max_id_characters
+
+    def check(num_characters: int) -> None:
+        if per_id is not None and num_characters > per_id * model.max_context:
+            raise ContextLengthError(
+                num_prompt_tokens=-(-num_characters // per_id),
+                max_tokens=None,
+                max_context=model.max_context,
+                param=param,
+                is_at_least=True,
+            )
+
+    return check
+
+
+def check_lengths(model: ServedModel, prompts: Sequence[Prompt], *, param: str) -> None:
+    """`length_check` of every prompt that is text."""
+    check = length_check(model, param=param)
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            check(len(prompt))
 
 
 def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import tokenizers
 
 from fastchat.errors import CheckpointError, UnsupportedModelError
 from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.length_bound import backend_bound
 from fastchat.models.token_table import TokenTable, check_encodable
 
 SPACE = "▁"
@@ -36,6 +37,7 @@ class BackendTokenizer:
         self._special_ids = {entry["content"]: int(entry["id"]) for entry in entries if entry["special"]}
         self._added_ids = {entry["content"]: int(entry["id"]) for entry in entries if not entry["special"]}
         self._table = _make_table(parsed, vocab_size, self._special_ids, self._added_ids)
+        self._max_id_characters = backend_bound(parsed, byte_values(), [*self._special_ids, *self._added_ids])
         self._prefix = self._find_prefix(bos_rule)
         self._eos_token_ids = eos_token_ids
         self._newline_ids = self._encode_text("\n")
@@ -55,6 +57,10 @@ class BackendTokenizer:
     @property
     def added_tokens(self) -> Mapping[str, int]:
         return self._added_ids
+
+    @property
+    def max_id_characters(self) -> int | None:
+        return self._max_id_characters
 
     def encode(self, text: str) -> list[int]:
         return self._prefix + self.encode_piece(text)

@@ -15,7 +15,7 @@ from typing import NoReturn
 from fastchat.errors import CheckpointError, ConfigError, InvalidRequestError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.format_spec import builtin_formats, read_format
-from fastchat.models.interface import ChatFormat, ChatMessage
+from fastchat.models.interface import ChatFormat, ChatMessage, LengthCheck, any_length
 from fastchat.models.jinja_format import JinjaFormat
 from fastchat.models.prompt_format import PromptFormat
 from fastchat.models.recognition import recognise
@@ -74,6 +74,7 @@ class NoChatFormat:
         messages: Sequence[ChatMessage],  # noqa: ARG002 - the interface's
         *,
         add_generation_prompt: bool = True,  # noqa: ARG002 - the interface's
+        check_length: LengthCheck = any_length,  # noqa: ARG002 - the interface's
     ) -> NoReturn:
         raise InvalidRequestError(
             f"The model {self._model_name} has no chat format: use completions, or start its worker with "

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastchat.errors import CheckpointError
 from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.length_bound import sentencepiece_bound
 from fastchat.models.token_table import TokenTable, check_encodable
 
 MASK_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -41,6 +42,7 @@ class ChatGLMTokenizer:
             if token_id >= 0:
                 self._special_ids[self._processor.id_to_piece(token_id)] = token_id
         self._table = _make_table(self._processor, vocab_size, self._special_ids)
+        self._max_id_characters = sentencepiece_bound(self._processor.serialized_model_proto(), self._special_ids)
         self._prefix = [self._special_ids[name] for name in PREFIX_TOKENS]
         self._eos_token_ids = eos_token_ids
         self._specials_pattern = re.compile(
@@ -72,6 +74,10 @@ class ChatGLMTokenizer:
     @property
     def added_tokens(self) -> Mapping[str, int]:
         return {}
+
+    @property
+    def max_id_characters(self) -> int | None:
+        return self._max_id_characters
 
     def encode(self, text: str) -> list[int]:
         return self._prefix + self.encode_piece(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,10 @@ class Tokenizer(Protocol):
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """The ids that end an answer, from the checkpoint's own files."""
+
+    @property
+    def max_id_characters(self) -> int | None:
+        """No id stands for more characters of a text than this; None where that cannot be told."""
 
     def encode(self, text: str) -> list[int]:
         """A plain prompt, with the ids the checkpoint puts in front (BOS, or `[gMASK] sop`). Markers stay text."""
@@ -52,6 +56,13 @@ class ChatMessage:
     fields: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON as the client sent it
 
 
+LengthCheck = Callable[[int], None]
+
+
+def any_length(_num_characters: int) -> None:
+    """The `LengthCheck` that lets everything pass."""
+
+
 class ChatFormat(Protocol):
     """How a conversation becomes a prompt."""
 
@@ -83,8 +94,17 @@ class ChatFormat(Protocol):
     def strips_leading_space(self) -> bool:
         """Whether white space at the start of an answer is dropped (ChatGLM)."""
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
-        """Prompt ids. Raises `InvalidRequestError` for a conversation that the format cannot express."""
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        check_length: LengthCheck = any_length,
+    ) -> list[int]:
+        """Prompt ids. Raises `InvalidRequestError` for a conversation that the format cannot express.
+
+        `check_length` is told the prompt's characters before they are tokenized, and may raise.
+        """
 
 
 @dataclass(frozen=True, slots=True)

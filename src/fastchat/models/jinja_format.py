@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 
 from fastchat.errors import CheckpointError, InvalidRequestError
 from fastchat.models.control_tokens import ControlTokens, choose_marks
-from fastchat.models.interface import ChatMessage
+from fastchat.models.interface import ChatMessage, LengthCheck, any_length
 from fastchat.models.template_sandbox import MAX_TEMPLATE_CHARACTERS, TemplateSandbox
 from fastchat.models.tokenizer import TemplateTokenizer
 
@@ -96,17 +96,26 @@ class JinjaFormat:
     def strips_leading_space(self) -> bool:
         return self._strips_leading_space
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        check_length: LengthCheck = any_length,
+    ) -> list[int]:
         if not messages:
             raise InvalidRequestError("messages must not be empty.", param="messages", code="invalid_value")
         turns = [self._turn(message) for message in messages]
         tools = [tool for message in messages for tool in message.tools]
         if not self._controls.occur_in([turns, tools]):
-            return self._tokenizer.encode_rendered(self._render_text(turns, tools, add_generation_prompt))
+            text = self._render_text(turns, tools, add_generation_prompt)
+            check_length(len(text))
+            return self._tokenizer.encode_rendered(text)
         marks = choose_marks(turns, tools)
         # What the model wrote may hold `<think>` and its like as tokens: it was trained on them there.
         marked = [self._controls.mark(turn, marks, with_soft=turn["role"] != "assistant") for turn in turns]
         text = self._render_text(marked, self._controls.mark(tools, marks), add_generation_prompt)
+        check_length(len(text) - sum(map(text.count, marks)))
         return self._controls.encode(text, marks)
 
     def _turn(self, message: ChatMessage) -> dict[str, Any]:  # Any: JSON

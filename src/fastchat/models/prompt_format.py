@@ -21,7 +21,7 @@ from typing import Any
 
 from fastchat.errors import ConfigError, InvalidRequestError
 from fastchat.models.format_spec import FormatSpec, Piece, TextPiece, TokenPiece
-from fastchat.models.interface import ChatMessage, Tokenizer
+from fastchat.models.interface import ChatMessage, LengthCheck, Tokenizer, any_length
 
 ROLE_ALIASES: Mapping[str, str] = {"developer": "system", "tool": "observation", "function": "observation"}
 
@@ -63,7 +63,13 @@ class PromptFormat:
     def strips_leading_space(self) -> bool:
         return self._spec.strips_leading_space
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        check_length: LengthCheck = any_length,
+    ) -> list[int]:
         if not messages:
             raise InvalidRequestError("messages must not be empty.", param="messages", code="invalid_value")
         prompt = _Prompt(self._tokenizer, self._token_ids, has_prefix=self._spec.has_prefix)
@@ -74,6 +80,7 @@ class PromptFormat:
             if _role_of(messages[-1]) == "assistant":
                 prompt.add(self._spec.assistant_end)
             prompt.add(self._spec.generation)
+        check_length(prompt.num_characters)
         return prompt.token_ids()
 
     def _with_default_system(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
@@ -135,20 +142,28 @@ class _Prompt:
     def __init__(self, tokenizer: Tokenizer, ids_by_name: Mapping[str, int], *, has_prefix: bool) -> None:
         self._tokenizer = tokenizer
         self._ids_by_name = ids_by_name
-        self._token_ids = tokenizer.prefix_ids() if has_prefix else []
+        self._parts: list[list[int] | str] = [tokenizer.prefix_ids()] if has_prefix else []
         self._text: list[str] = []
 
     def add(self, pieces: Sequence[Piece], values: Mapping[str, str] | None = None) -> None:
         for piece in pieces:
             if isinstance(piece, TokenPiece):
                 self._close_text()
-                self._token_ids.append(self._ids_by_name[piece.name])
+                self._parts.append([self._ids_by_name[piece.name]])
             else:
                 self._add_text(piece, values or _NO_VALUES)
 
+    @property
+    def num_characters(self) -> int:
+        """Of all text so far."""
+        return sum(map(len, self._text)) + sum(len(part) for part in self._parts if isinstance(part, str))
+
     def token_ids(self) -> list[int]:
         self._close_text()
-        return self._token_ids
+        token_ids: list[int] = []
+        for part in self._parts:
+            token_ids += self._tokenizer.encode_piece(part) if isinstance(part, str) else part
+        return token_ids
 
     def _add_text(self, piece: TextPiece, values: Mapping[str, str]) -> None:
         if piece.is_alone:
@@ -161,7 +176,7 @@ class _Prompt:
         text = "".join(self._text)
         self._text = []
         if text:
-            self._token_ids += self._tokenizer.encode_piece(text)
+            self._parts.append(text)
 
 
 _NO_VALUES: Mapping[str, Any] = {"content": "", "metadata": "", "round": "", "system": ""}
