@@ -81,6 +81,30 @@ def test_a_model_whose_last_worker_left_is_unavailable_and_not_unknown(cluster, 
     assert 1 <= int(headers["retry-after"]) <= 120
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/models/never-served"])
+def test_without_any_worker_no_model_is_unknown(cluster, api, path):
+    """Who asks too early hears 503, which clients repeat, and not 404, which they do not."""
+    cluster.wait_for_models(api)
+    question = QUESTION | {"model": "never-served"}
+    status, headers, body = cluster.post(api, path, question) if path == CHAT else cluster.get(api, path)
+    assert (status, error_of(body)["code"]) == (503, "no_worker")
+    assert "No worker has registered" in error_of(body)["message"]
+    assert headers["retry-after"]
+
+
+def test_a_model_that_left_is_unavailable_while_others_are_served(cluster, api):
+    """And one that was never served is unknown."""
+    with cluster.worker("w2", ("other",)):
+        with cluster.worker("w1", ("tiny",)):
+            cluster.wait_for_models(api, "other", "tiny")
+        cluster.wait_for_models(api, "other")
+        status, headers, body = cluster.post(api, CHAT, QUESTION)
+        assert (status, error_of(body)["code"]) == (503, "no_worker")
+        assert headers["retry-after"]
+        assert cluster.post(api, CHAT, QUESTION | {"model": "never-served"})[0] == 404
+    cluster.wait_for_models(api)
+
+
 def test_a_draining_worker_gets_no_new_request(cluster, api):
     worker = CannedWorker()
     with (

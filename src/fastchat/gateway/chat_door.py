@@ -38,7 +38,7 @@ class ChatDoor:
         return self._keys.tenant_of(bearer_key(request.scope) or "")
 
     def check_served(self, model: str) -> None:
-        """Raise `ModelNotFoundError` for a model that nobody serves, `UnavailableError` for one that just left."""
+        """Raise `ModelNotFoundError` for a model that nobody serves, `UnavailableError` for one that left."""
         self._table.current()
         served = self._table.served()
         if model not in served:

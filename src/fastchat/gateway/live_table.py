@@ -1,7 +1,7 @@
 """The table as the API server uses it: always the newest, and with a memory for what was just there.
 
-A model whose last worker left a moment ago is not unknown: it is unavailable. That is what a client must hear while a
-worker restarts, since a 404 tells it never to ask again.
+A model whose last worker left is not unknown: it is unavailable. That is what a client must hear while a worker
+restarts, since a 404 tells it never to ask again. Nor is anything unknown while no worker at all is there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from fastchat.cluster.dispatch import served_models
 from fastchat.cluster.watcher import TableWatcher
 from fastchat.errors import FastChatError, ModelNotFoundError, UnavailableError
 
-REMEMBERED_S = 60.0
-"""How long a model that has left the table is still known."""
+REMEMBERED_S = 600.0
+"""How long a model that has left the table is still known: longer than a large one takes to be loaded again."""
+MAX_REMEMBERED = 1000
+"""Models; of more the latest are known."""
 
 
 class LiveTable:
@@ -50,16 +52,17 @@ class LiveTable:
         return self._watcher.snapshot.workers
 
     def explain(self, error: FastChatError) -> FastChatError:
-        """`error`, or for a model that left a moment ago the error that says so."""
-        if not isinstance(error, ModelNotFoundError) or error.model not in self._left_at:
+        """`error`, or where a model is not known that was or may be served, the error that says so."""
+        if not isinstance(error, ModelNotFoundError):
             return error
-        if self._clock() - self._left_at[error.model] > REMEMBERED_S:
+        left_at = self._left_at.get(error.model)
+        if left_at is not None and self._clock() - left_at <= REMEMBERED_S:
+            why = f"The last worker of the model `{error.model}` is gone"
+        elif not self.workers():
+            why = "No worker has registered, so no model is served"
+        else:
             return error
-        return UnavailableError(
-            f"The last worker of the model `{error.model}` was just lost; try again in a moment.",
-            retry_after_s=2,
-            code="no_worker",
-        )
+        return UnavailableError(f"{why}; try again in a moment.", retry_after_s=2, code="no_worker")
 
     async def follow(self, on_change: Callable[[TableSnapshot], None]) -> NoReturn:
         """Call `on_change` with every new snapshot, for as long as the process lives."""
@@ -74,3 +77,5 @@ class LiveTable:
         now = self._clock()
         self._left_at = {name: at for name, at in self._left_at.items() if now - at <= REMEMBERED_S}
         self._left_at.update({name: now for name in before if name not in now_served})
+        for name in list(self._left_at)[:-MAX_REMEMBERED]:
+            del self._left_at[name]
