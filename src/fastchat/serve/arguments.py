@@ -94,6 +94,21 @@ def add_drain_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_log_flag(parser: argparse.ArgumentParser) -> None:
+    """`--log-level`, for every server."""
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="the least that is logged: debug, info, warning or error (default: info)",
+    )
+
+
+def log_level(arguments: argparse.Namespace) -> str:
+    """For `configure_logging`. FastChat's `--debug`, where a command has it, is the level debug."""
+    return "DEBUG" if getattr(arguments, "debug", "") else str(arguments.log_level).upper()
+
+
 def add_refused_flag(parser: argparse.ArgumentParser, flag: str, *, reason: str, takes_value: bool = True) -> None:
     """A flag of FastChat that is known and not obeyed: giving it ends the command with `reason`, in one line."""
     parser.add_argument(

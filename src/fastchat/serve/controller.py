@@ -16,10 +16,12 @@ from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import (
     add_address_flags,
     add_drain_flag,
+    add_log_flag,
     add_security_flags,
     cluster_token,
     create_parser,
     flag_type,
+    log_level,
     run_command,
     tls_files,
     warn_of_plain_listener,
@@ -47,6 +49,7 @@ def create_controller_parser() -> argparse.ArgumentParser:
         help="how a worker is chosen: shortest_queue, by outstanding tokens (default); lottery is refused",
     )
     add_allowed_workers_flag(parser)
+    add_log_flag(parser)
     add_drain_flag(parser)
     add_security_flags(parser)
     add_config_flag(parser)
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--dispatch-method lottery is not offered: the API server sends each request to the worker with the "
             "fewest outstanding tokens, which chance can only make worse; leave the flag out."
         )
-    configure_logging("controller")
+    configure_logging("controller", level=log_level(arguments))
     log_arguments(arguments)
     environment = read_environment()
     tls = tls_files(arguments, environment)

@@ -17,7 +17,15 @@ import structlog
 
 from fastchat.config import is_loopback, parse_host, parse_port, parse_url
 from fastchat.ops.logs import configure_logging, log_arguments
-from fastchat.serve.arguments import add_address_flags, add_refused_flag, create_parser, flag_type, run_command
+from fastchat.serve.arguments import (
+    add_address_flags,
+    add_log_flag,
+    add_refused_flag,
+    create_parser,
+    flag_type,
+    log_level,
+    run_command,
+)
 from fastchat.serve.http_server import bind_listeners, run_server
 from fastchat.web.config import PageConfig, parse_root_path, read_accounts
 
@@ -70,6 +78,7 @@ def create_page_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="answers that may run at once, over all browsers (default: no limit, the scheduler decides)",
     )
+    add_log_flag(parser)
     _add_exposure_flags(parser)
     parser.add_argument("--expect-models", type=json.loads, default=[], metavar="JSON", help=argparse.SUPPRESS)
     for flag, takes_value, reason in _REFUSED:
@@ -98,7 +107,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the page until a signal ends it; returns the exit code."""
     arguments = create_page_parser().parse_args(argv)
-    configure_logging("gradio_web_server")
+    configure_logging("gradio_web_server", level=log_level(arguments))
     log_arguments(arguments)
     config = page_config(arguments)
     listeners = bind_listeners(arguments.host, arguments.port)

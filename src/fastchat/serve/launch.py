@@ -32,6 +32,7 @@ from fastchat.serve.arguments import (
     cluster_token,
     create_parser,
     flag_type,
+    log_level,
     run_command,
     tls_files,
 )
@@ -113,7 +114,7 @@ def create_serve_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it; returns the exit code."""
     arguments = parse_settings(create_serve_parser(), argv, default_file=config_file())
-    configure_logging("serve", level=worker_arguments.log_level(arguments))
+    configure_logging("serve", level=log_level(arguments))
     worker_arguments.obey_early_flags(arguments)
     environment = read_environment()
     tls_files(arguments, environment)
@@ -176,11 +177,12 @@ def process_specs(
 ) -> tuple[ProcessSpec, ...]:
     """What runs. Stopped in this order: page and API server finish what they relay, workers, who knows them."""
     security = ["--cluster-token-file", str(arguments.cluster_token_file)] if arguments.cluster_token_file else []
-    controller_flags = ["--host", INTERNAL_HOST, "--port", str(ports.controller), *security]
+    controller_flags = ["--host", INTERNAL_HOST, "--port", str(ports.controller), *security, *_log_flags(arguments)]
     if arguments.allowed_workers:
         controller_flags.append(f"--allowed-workers={','.join(arguments.allowed_workers)}")
     to_controller = ["--controller-address", _internal(ports.controller), *security]
     api_flags = ["--host", arguments.host, "--port", str(ports.api), *to_controller, *_access_flags(arguments)]
+    api_flags += _log_flags(arguments)
     worker_flags = [*to_controller, *serving_flags(arguments)]
 
     def worker_command(worker: ServedWorker, port: int) -> list[str]:
@@ -228,6 +230,7 @@ def _page_spec(
     flags += [f"--expect-models={json.dumps(names)}"]
     flags += [f"--gradio-auth-path={arguments.gradio_auth_path.absolute()}"] if arguments.gradio_auth_path else []
     flags += [f"--gradio-root-path={arguments.gradio_root_path}"] if arguments.gradio_root_path else []
+    flags += _log_flags(arguments)
     command = _command("gradio_web_server", flags)
     environment = {gradio_web_server.API_KEY_VARIABLE: page_key}
     return (ProcessSpec("page", lambda: command, stop_rank=0, is_essential=False, environment=environment),)
@@ -340,6 +343,10 @@ def _model_flags(group: ModelGroup) -> list[str]:
 def _pin_flags(arguments: argparse.Namespace, worker: ServedWorker) -> list[str]:
     pinned = [name for name in arguments.pin if name in worker.names]
     return [f"--pin={','.join(pinned)}"] if pinned else []
+
+
+def _log_flags(arguments: argparse.Namespace) -> list[str]:
+    return [f"--log-level={log_level(arguments).lower()}"]
 
 
 def _access_flags(arguments: argparse.Namespace) -> list[str]:

@@ -26,10 +26,12 @@ from fastchat.serve.arguments import (
     add_address_flags,
     add_controller_address_flag,
     add_drain_flag,
+    add_log_flag,
     add_security_flags,
     cluster_token,
     create_parser,
     flag_type,
+    log_level,
     run_command,
     tls_files,
 )
@@ -54,6 +56,7 @@ def create_api_server_parser() -> argparse.ArgumentParser:
     add_controller_address_flag(parser)
     add_access_flags(parser)
     add_arena_flags(parser)
+    add_log_flag(parser)
     add_drain_flag(parser)
     add_security_flags(parser)
     add_config_flag(parser)
@@ -128,7 +131,7 @@ def mounted_arena(config: ArenaConfig) -> MountedRoutes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the API server until a signal ends it; returns the exit code."""
     arguments = parse_settings(create_api_server_parser(), argv)
-    configure_logging("openai_api_server")
+    configure_logging("openai_api_server", level=log_level(arguments))
     log_arguments(arguments)
     environment = read_environment()
     tls = tls_files(arguments, environment)

@@ -18,6 +18,7 @@ from fastchat.serve.arguments import (
     add_address_flags,
     add_controller_address_flag,
     add_drain_flag,
+    add_log_flag,
     add_refused_flag,
     add_security_flags,
     cluster_token,
@@ -120,8 +121,9 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
         "(default: never, only when another model needs the memory)",
     )
     parser.add_argument(
-        "--debug", nargs="?", const="true", default="", metavar="BOOL", help="log more, for developers (default: off)"
+        "--debug", nargs="?", const="true", default="", metavar="BOOL", help="as --log-level debug (default: off)"
     )
+    add_log_flag(parser)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -272,11 +274,6 @@ def obey_early_flags(arguments: argparse.Namespace) -> None:
                 "worker for each."
             )
         os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpus
-
-
-def log_level(arguments: argparse.Namespace) -> str:
-    """As FastChat's `--debug`: any value that is not empty means yes."""
-    return "DEBUG" if arguments.debug else "INFO"
 
 
 def model_path(text: str) -> str:

@@ -9,9 +9,9 @@ import signal
 from fastchat.config import read_environment
 from fastchat.errors import EngineError
 from fastchat.ops.logs import configure_logging, log_arguments
-from fastchat.serve.arguments import tls_files, warn_of_plain_listener
+from fastchat.serve.arguments import log_level, tls_files, warn_of_plain_listener
 from fastchat.serve.http_server import bind_listeners, run_server
-from fastchat.serve.worker_arguments import log_level, obey_early_flags, worker_config
+from fastchat.serve.worker_arguments import obey_early_flags, worker_config
 from fastchat.worker.config import ModelSpec
 from fastchat.worker.model_groups import group_models
 

@@ -1,0 +1,47 @@
+"""`--log-level`: of every server, and handed on by `fastchat serve`."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastchat.serve.arguments import log_level
+from fastchat.serve.controller import create_controller_parser
+from fastchat.serve.gradio_web_server import create_page_parser
+from fastchat.serve.launch import Ports, create_serve_parser, process_specs
+from fastchat.serve.openai_api_server import create_api_server_parser
+from tests.processes import run_command, start_command
+from tests.serve.test_launch import WORKER
+
+LEVELS = [([], "INFO"), (["--log-level", "warning"], "WARNING"), (["--log-level", "debug"], "DEBUG")]
+
+
+@pytest.mark.parametrize("make", [create_controller_parser, create_page_parser, create_api_server_parser])
+@pytest.mark.parametrize(("flags", "level"), LEVELS)
+def test_every_server_has_the_flag(make, flags, level):
+    assert log_level(make().parse_args(flags)) == level
+
+
+@pytest.mark.parametrize("flags", [["--log-level", "debug"], ["--debug"]])
+def test_serve_hands_the_level_on_to_all_that_it_starts(flags):
+    """FastChat's `--debug` is the level debug, for all of them too."""
+    arguments = create_serve_parser().parse_args(flags)
+    specs = process_specs(arguments, (WORKER,), Ports(api=1, controller=2, workers=(3,), web=4))
+    for spec in specs:
+        assert {"--log-level=debug", "--debug=true"} & set(spec.command()), spec.name
+
+
+def test_a_level_keeps_what_is_below_it_out_of_the_log(tmp_path):
+    with start_command("controller", "--port", "0", "--log-level", "error", state_dir=tmp_path) as process:
+        pass
+    assert "INFO" not in process.log
+
+
+def test_the_level_comes_from_file_and_environment_too(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text('log-level = "loud"\n')
+    refused = run_command("config_command", "show", "--config", file, state_dir=tmp_path)
+    assert refused.returncode == 78
+    assert "log-level" in refused.stderr
+    file.write_text('log-level = "warning"\n')
+    shown = run_command("config_command", "show", "--config", file, state_dir=tmp_path)
+    assert 'log-level = "warning"' in shown.stdout
