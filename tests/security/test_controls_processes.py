@@ -32,6 +32,8 @@ CALENDAR = {
     "serve/keys_command.py": "when a key was made, until which day it holds",
     "ops/keys.py": "until which day a key holds",
     "arena/records.py": "when a vote was cast",
+    "worker/model_control.py": "when a model was last used",
+    "serve/model_control_command.py": "how long ago that was, for the reader",
 }
 """Where the calendar's clock is right, and for what. No wait, lease or deadline is among them."""
 

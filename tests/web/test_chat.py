@@ -72,6 +72,7 @@ def test_an_answer_is_judged_once_and_stays_judged(visit, system):
     visit.ask(HELLO)
     up, down, flag = (visit.page.locator(f"#judge-{vote}") for vote in ("up", "down", "flag"))
     group = visit.page.get_by_role("group", name="Judge this answer")
+    group.wait_for()
     assert group.get_by_role("button").all_inner_texts() == ["Good answer", "Bad answer", "Flag"]
     up.focus()
     visit.page.keyboard.press("Tab")

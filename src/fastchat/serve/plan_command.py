@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = create_plan_parser().parse_args(argv)
     configure_logging("plan", level="ERROR")
     obey_early_flags(arguments)
-    models = [planned_group(group) for group in group_models([ModelSpec(path) for path in arguments.paths])]
+    groups = group_models([ModelSpec(path) for path in arguments.paths], may_repeat=True)
+    models = [planned_group(group) for group in groups]
     engine = engine_spec(arguments, max_running=arguments.limit_worker_concurrency)
     memory = _memory(engine)
     plan = plan_memory(models, engine, memory, each_alone=arguments.one_worker_each)

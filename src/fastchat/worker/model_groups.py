@@ -49,8 +49,11 @@ class ModelGroup:
         return (*self.names, *(name for adapter in self.adapters for name in adapter.names))
 
 
-def group_models(specs: Sequence[ModelSpec]) -> tuple[ModelGroup, ...]:
-    """One group for each base, in the order given. Raises `CheckpointError` or `ConfigError` in one line."""
+def group_models(specs: Sequence[ModelSpec], *, may_repeat: bool = False) -> tuple[ModelGroup, ...]:
+    """One group for each base, in the order given. Raises `CheckpointError` or `ConfigError` in one line.
+
+    `may_repeat`: a folder may be there twice, as in a plan for two workers; models that are served need distinct names.
+    """
     bases: list[ModelSpec] = []
     adapters: list[tuple[ModelSpec, AnyAdapter, Path | None]] = []
     for spec in specs:
@@ -78,7 +81,8 @@ def group_models(specs: Sequence[ModelSpec]) -> tuple[ModelGroup, ...]:
         )
         for index, (spec, checkpoint) in enumerate(opened)
     )
-    _check_names([name for group in groups for name in group.all_names])
+    if not may_repeat:
+        _check_names([name for group in groups for name in group.all_names])
     return groups
 
 
