@@ -75,16 +75,18 @@ class Sampler:
         else:
             token_ids = self._choose_sound(sequences, logits, num_ahead)
         return [
-            SampledToken(None) if token_id is None else self._note(sequence, token_id, logits[row : row + 1])
+            SampledToken(None) if token_id is None else self._note(sequence, token_id, logits, row)
             for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
         ]
 
-    def _note(self, sequence: Sequence, token_id: int, logits: Tensor) -> SampledToken:
-        """Count a sequence's new token, and describe it where that is wanted. logits (1, vocab_size)."""
+    def _note(self, sequence: Sequence, token_id: int, logits: Tensor, row: int) -> SampledToken:
+        """Count a sequence's new token, and describe it where that is wanted."""
         if sequence.sequence_id in self._token_counts:
             self._token_counts[sequence.sequence_id].output[token_id] += 1
         num_top = sequence.sampling.top_logprobs
-        return SampledToken(token_id, None if num_top is None else describe_tokens(logits, [token_id], num_top)[0])
+        if num_top is None:
+            return SampledToken(token_id)
+        return SampledToken(token_id, describe_tokens(logits[row : row + 1], [token_id], num_top)[0])
 
     def _choose_sound(self, sequences: Rows[Sequence], logits: Tensor, num_ahead: int) -> list[int | None]:
         """A token for each row whose logits are numbers."""
