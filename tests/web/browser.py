@@ -44,7 +44,7 @@ class Visit:
         page.set_default_timeout(LIMIT_MS)
         page.add_init_script(COUNT_ANSWERS)
         page.on("console", self._note_console)
-        page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
+        page.on("pageerror", self._note_error)
         page.on("request", self._note_request)
         page.on("response", self._note_response)
 
@@ -137,6 +137,10 @@ class Visit:
                 time.sleep(0.05)
             else:  # Playwright's events come while it waits
                 self.page.wait_for_timeout(50)
+
+    def _note_error(self, error: Exception) -> None:
+        if "AbortError" not in str(error):  # of Gradio, when a page that is left ends its own stream of events
+            self.complaints.append(f"error: {error}")
 
     def _note_console(self, message: ConsoleMessage) -> None:
         if message.type in {"error", "warning"}:
