@@ -105,6 +105,22 @@ def test_a_model_that_left_is_unavailable_while_others_are_served(cluster, api):
     cluster.wait_for_models(api)
 
 
+def test_a_model_that_is_being_loaded_is_unavailable_and_not_unknown(cluster):
+    """While others are served; it is not listed before a worker has it, and once it is there it is served."""
+    with cluster.api_server(expected_models=("coming", "tiny")) as url, cluster.worker("w1", ("tiny",)):
+        cluster.wait_for_models(url, "tiny")
+        question = QUESTION | {"model": "coming"}
+        status, headers, body = cluster.post(url, CHAT, question)
+        assert (status, error_of(body)["code"]) == (503, "no_worker")
+        assert "`coming` is still being loaded" in error_of(body)["message"]
+        assert headers["retry-after"]
+        assert cluster.get(url, "/v1/models/coming")[0] == 503
+        assert cluster.post(url, CHAT, QUESTION | {"model": "never-served"})[0] == 404
+        with cluster.worker("w2", ("coming",)):
+            cluster.wait_for_models(url, "coming", "tiny")
+            assert cluster.post(url, CHAT, question)[0] == 200
+
+
 def test_a_draining_worker_gets_no_new_request(cluster, api):
     worker = CannedWorker()
     with (

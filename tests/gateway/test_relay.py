@@ -207,6 +207,23 @@ def test_a_lost_stream_goes_on_with_another_worker(cluster, api, good_act):
     cluster.wait_for_models(api)
 
 
+def test_a_lost_stream_does_not_begin_again_on_a_server_of_another_kind(cluster, api):
+    """Which would answer the whole request, behind what the client has already."""
+    other = CannedWorker("other", ("tiny", "other"))
+    with cluster.worker("bad", tiny="die_in_stream") as bad, cluster.thread.serve(other.app) as address:
+        status = {"model_names": ["tiny", "other"], "speed": 1, "queue_length": 0}
+        registration = {"worker_name": address, "check_heart_beat": False, "worker_status": status}
+        token = {"Authorization": f"Bearer {TOKEN}"}
+        assert cluster.post(cluster.controller_url, "/register_worker", registration, headers=token)[0] == 200
+        cluster.wait_for_models(api, "other", "tiny")
+        while not bad.received:  # whichever is chosen first
+            other.received.clear()
+            _, _, body = cluster.post(api, CHAT, QUESTION | {"stream": True})
+        assert not other.received
+        assert body.count(WORDS[0].encode()) == 1
+        assert orjson.loads(data_of(body)[-1])["error"]["code"] == "worker_lost"
+
+
 @pytest.mark.parametrize(
     ("asked", "num_choices"),
     [

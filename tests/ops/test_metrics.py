@@ -22,6 +22,7 @@ def finished(model: str = "m", *, reason: str = "stop") -> RequestFinished:
         num_generated_tokens=3,
         duration_s=1.0,
         time_to_first_token_s=0.5,
+        inter_token_latencies_s=(0.2, 0.3),
     )
 
 
@@ -44,6 +45,8 @@ def test_worker_counts_requests_and_tokens():
         'fastchat_request_success_total{finished_reason="abort",model_name="m"} 1.0',
         'fastchat_time_to_first_token_seconds_count{model_name="m"} 2.0',
         'fastchat_time_per_output_token_seconds_sum{model_name="m"} 0.5',
+        'fastchat_inter_token_latency_seconds_count{model_name="m"} 4.0',
+        'fastchat_inter_token_latency_seconds_sum{model_name="m"} 1.0',
         'fastchat_e2e_request_latency_seconds_sum{model_name="m"} 2.0',
     ):
         assert line in text

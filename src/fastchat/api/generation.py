@@ -34,7 +34,8 @@ class Usage:
 class RequestRecord:
     """The final fact about a request, also an aborted one. A resumed request's record covers all of it.
 
-    Times count from the moment when its sequences were submitted; None where no token came.
+    Times count from the moment when its sequences were submitted; None where no token came. Of each choice every wait
+    for its next tokens is in `inter_token_latencies_s`.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class RequestRecord:
     reason: EndReason
     duration_s: float
     time_to_first_token_s: float | None = None
+    inter_token_latencies_s: Sequence[float] = ()
 
 
 RecordHook = Callable[[RequestRecord], None]
@@ -83,6 +85,8 @@ class Generation:
         self._deadline: float | None = None
         self._began_at = 0.0
         self._first_token_at: float | None = None
+        self._last_token_at: dict[str, float] = {}
+        self._inter_token_latencies_s: list[float] = []
         self._has_failed = False
 
     def __repr__(self) -> str:
@@ -158,12 +162,21 @@ class Generation:
         if event.finish_reason is FinishReason.ABORT:
             self._has_failed = True
             raise UnavailableError("The model's worker is shutting down.", code="shutting_down")
-        if self._first_token_at is None and event.token_ids:
-            self._first_token_at = time.monotonic()
+        if event.token_ids:
+            self._note_arrival(event.sequence_id)
         choice.push(event)
         if choice.ending is not None and event.finish_reason is None:
             assert self._source is not None
             self._source.drop(event.sequence_id)  # a stop string, which the engine does not know
+
+    def _note_arrival(self, sequence_id: str) -> None:
+        now = time.monotonic()
+        before = self._last_token_at.get(sequence_id)
+        if before is not None:
+            self._inter_token_latencies_s.append(now - before)
+        elif self._first_token_at is None:
+            self._first_token_at = now
+        self._last_token_at[sequence_id] = now
 
     def _requests(self) -> list[SequenceRequest]:
         return [
@@ -188,6 +201,7 @@ class Generation:
             reason=self._end_reason(),
             duration_s=time.monotonic() - self._began_at,
             time_to_first_token_s=None if self._first_token_at is None else self._first_token_at - self._began_at,
+            inter_token_latencies_s=self._inter_token_latencies_s,
         )
 
     def _end_reason(self) -> EndReason:

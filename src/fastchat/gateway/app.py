@@ -32,7 +32,7 @@ def create_api_app(config: ApiServerConfig, mounted: Sequence[MountedRoutes] = (
     """An API server that watches `config.controller_address` while it runs; `mounted` parts live and end with it."""
     keys = ApiKeys(config.api_keys, page_key=config.page_key, tenant_secret=config.cluster_token)
     watcher = TableWatcher(controller_address=config.controller_address, token=config.cluster_token)
-    table = LiveTable(watcher, config.controller_address)
+    table = LiveTable(watcher, config.controller_address, expected_models=config.expected_models)
     dispatcher = Dispatcher()
     routes = ApiRoutes(table=table, dispatcher=dispatcher, keys=keys, mounted=mounted)
 

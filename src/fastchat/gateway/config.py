@@ -24,6 +24,7 @@ class ApiServerConfig:
 
     With no `api_keys` and none in the store at `key_store_path`, everybody who reaches it may use it, by
     the names in `allowed_hosts` (None: by any). `page_key` is that of the page that was started with it.
+    `expected_models` are being loaded: they are unavailable, not unknown.
     """
 
     cluster_token: str = field(repr=False)
@@ -31,6 +32,7 @@ class ApiServerConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     page_key: str | None = field(default=None, repr=False)
     key_store_path: Path | None = None
+    expected_models: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] | None = None
     cors: CorsConfig = CorsConfig()
 

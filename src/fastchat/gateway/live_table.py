@@ -1,13 +1,14 @@
 """The table as the API server uses it: always the newest, and with a memory for what was just there.
 
 A model whose last worker left is not unknown: it is unavailable. That is what a client must hear while a worker
-restarts, since a 404 tells it never to ask again. Nor is anything unknown while no worker at all is there.
+restarts, since a 404 tells it never to ask again. Nor is a model that is expected, nor anything while no worker at all
+is there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from fastchat.cluster.contract import TableSnapshot, WorkerEntry
@@ -25,11 +26,17 @@ class LiveTable:
     """The watcher's snapshot, and the models that have left it. `clock` is monotonic."""
 
     def __init__(
-        self, watcher: TableWatcher, controller_address: str, clock: Callable[[], float] = time.monotonic
+        self,
+        watcher: TableWatcher,
+        controller_address: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        expected_models: Collection[str] = (),
     ) -> None:
         self._watcher = watcher
         self._controller_address = controller_address
         self._clock = clock
+        self._expected_models = expected_models
         self._left_at: dict[str, float] = {}
 
     def current(self) -> TableSnapshot:
@@ -58,6 +65,8 @@ class LiveTable:
         left_at = self._left_at.get(error.model)
         if left_at is not None and self._clock() - left_at <= REMEMBERED_S:
             why = f"The last worker of the model `{error.model}` is gone"
+        elif error.model in self._expected_models:
+            why = f"The model `{error.model}` is still being loaded"
         elif not self.workers():
             why = "No worker has registered, so no model is served"
         else:

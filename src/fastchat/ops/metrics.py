@@ -6,7 +6,7 @@ only if it is served, a route only if it was declared. Each process has its own 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +36,7 @@ class RequestFinished:
     num_generated_tokens: int
     duration_s: float
     time_to_first_token_s: float | None = None
+    inter_token_latencies_s: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,9 @@ class WorkerMetrics(_ProcessMetrics):
         self._per_token = self._histogram(
             "fastchat_time_per_output_token_seconds", "Mean between tokens of a request", _MODEL, _TOKEN_BUCKETS_S
         )
+        self._between = self._histogram(
+            "fastchat_inter_token_latency_seconds", "From tokens to the next ones", _MODEL, _TOKEN_BUCKETS_S
+        )
         self._latency = self._histogram(
             "fastchat_e2e_request_latency_seconds", "From arrival to the end", _MODEL, _LATENCY_BUCKETS_S
         )
@@ -143,6 +147,9 @@ class WorkerMetrics(_ProcessMetrics):
         if fact.time_to_first_token_s is None:
             return
         self._first_token.labels(model).observe(fact.time_to_first_token_s)
+        between = self._between.labels(model)
+        for latency_s in fact.inter_token_latencies_s:
+            between.observe(latency_s)
         if fact.num_generated_tokens > 1:
             decode_s = fact.duration_s - fact.time_to_first_token_s
             self._per_token.labels(model).observe(decode_s / (fact.num_generated_tokens - 1))

@@ -182,7 +182,8 @@ def process_specs(
         controller_flags.append(f"--allowed-workers={','.join(arguments.allowed_workers)}")
     to_controller = ["--controller-address", _internal(ports.controller), *security]
     api_flags = ["--host", arguments.host, "--port", str(ports.api), *to_controller, *_access_flags(arguments)]
-    api_flags += _log_flags(arguments)
+    expected = f"--expect-models={json.dumps([name for worker in served for name in worker.names])}"
+    api_flags += [expected, *_log_flags(arguments)]
     worker_flags = [*to_controller, *serving_flags(arguments)]
 
     def worker_command(worker: ServedWorker, port: int) -> list[str]:
@@ -214,20 +215,16 @@ def process_specs(
             environment={PAGE_KEY_VARIABLE: page_key}
             | ({"FASTCHAT_API_KEYS": ",".join(arguments.api_keys)} if arguments.api_keys else {}),
         ),
-        *_page_spec(arguments, served, ports, page_key),
+        *_page_spec(arguments, ports, page_key, expected),
         *workers,
     )
 
 
-def _page_spec(
-    arguments: argparse.Namespace, served: Sequence[ServedWorker], ports: Ports, page_key: str
-) -> tuple[ProcessSpec, ...]:
+def _page_spec(arguments: argparse.Namespace, ports: Ports, page_key: str, expected: str) -> tuple[ProcessSpec, ...]:
     if ports.web is None:
         return ()
-    names = [name for worker in served for name in worker.names]
     api_url = internal_url(arguments.host, ports.api, tls=arguments.ssl)
-    flags = ["--host", arguments.web_host, "--port", str(ports.web), "--api-url", api_url]
-    flags += [f"--expect-models={json.dumps(names)}"]
+    flags = ["--host", arguments.web_host, "--port", str(ports.web), "--api-url", api_url, expected]
     flags += [f"--gradio-auth-path={arguments.gradio_auth_path.absolute()}"] if arguments.gradio_auth_path else []
     flags += [f"--gradio-root-path={arguments.gradio_root_path}"] if arguments.gradio_root_path else []
     flags += _log_flags(arguments)

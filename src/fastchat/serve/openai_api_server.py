@@ -54,6 +54,14 @@ def create_api_server_parser() -> argparse.ArgumentParser:
     )
     add_address_flags(parser, port=DEFAULT_PORT)
     add_controller_address_flag(parser)
+    parser.add_argument(
+        "--expect-models",
+        type=flag_type(_parse_json_list, join=json.dumps),
+        default=[],
+        metavar="JSON",
+        help="JSON list of models that are being loaded: while no worker has one, it is answered as unavailable (503, "
+        "try again) and not as unknown (default: none)",
+    )
     add_access_flags(parser)
     add_arena_flags(parser)
     add_log_flag(parser)
@@ -143,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         api_keys=tuple(arguments.api_keys or ()),
         page_key=environment.page_key,
         key_store_path=key_store_path,
+        expected_models=tuple(arguments.expect_models),
         allowed_hosts=_allowed_hosts(arguments),
         cors=CorsConfig(
             allow_credentials=arguments.allow_credentials,

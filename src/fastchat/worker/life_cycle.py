@@ -103,6 +103,7 @@ class WorkerRuntime:
                 num_generated_tokens=usage.num_generated_tokens,
                 duration_s=record.duration_s,
                 time_to_first_token_s=record.time_to_first_token_s,
+                inter_token_latencies_s=record.inter_token_latencies_s,
             )
         )
         if self._connection is not None:
