@@ -174,6 +174,7 @@ def main() -> None:
         figures |= {"eight_first_token_s": first_s, "eight_tokens_per_s": num_later / later_s}
         first_s, _, _ = run(engine, [request("vector", 128, 0, embeds=True)])
         print(f"embedding        of 128 tokens in {first_s:.2f} s", flush=True)
+        figures |= {"embedding_s": first_s}
         if flags.long:
             first_s, later_s, num_later = run(engine, [request("long", flags.long, 8)])
             print(f"long prompt      {flags.long} tokens in {first_s:.1f} s, {flags.long / first_s:.1f} tokens/s,")

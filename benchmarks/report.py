@@ -171,6 +171,9 @@ def real_shape_section(runs: Sequence[Figures]) -> Iterator[str]:
                 f"{run['one_tokens_per_s'] / limit:.2f}",
                 f"{run['eight_tokens_per_s']:.1f}",
                 f"{128 / run['one_first_token_s']:.1f}",
+                f"{run['embedding_s']:.1f}",
+                f"{run['long_first_token_s']:.0f} ({run['long_tokens']})" if "long_tokens" in run else "",
+                f"{run['long_tokens_per_s']:.2f}" if "long_tokens" in run else "",
             ]
         )
     head = [
@@ -181,7 +184,8 @@ def real_shape_section(runs: Sequence[Figures]) -> Iterator[str]:
         "1 stream, tokens/s",
         "of the limit",
     ]
-    yield table([*head, "8 streams, tokens/s", "prefill, tokens/s"], rows)
+    head += ["8 streams, tokens/s", "prefill, tokens/s", "embedding of 128 tokens, s"]
+    yield table([*head, "long prompt, s (tokens)", "then, tokens/s"], rows)
 
 
 def curves_section(curves: Figures) -> Iterator[str]:

@@ -144,9 +144,9 @@ def make_scheduler(num_blocks=100, **limits) -> Scheduler:
     return Scheduler(BlockPool(num_blocks, BLOCK_SIZE), PriorityQueue(), **limits)
 
 
-def add(scheduler, name, length, arrival, priority=0) -> Sequence:
+def add(scheduler, name, length, arrival, priority=0, max_tokens=50) -> Sequence:
     prompt = tuple(range(1000 * arrival, 1000 * arrival + length))
-    request = SequenceRequest(name, prompt, SamplingParams(max_tokens=50), priority=priority)
+    request = SequenceRequest(name, prompt, SamplingParams(max_tokens=max_tokens), priority=priority)
     sequence = Sequence(request, arrival)
     scheduler.add(sequence)
     return sequence
@@ -222,6 +222,25 @@ def test_little_is_computed_twice_where_blocks_are_scarce():
                 scheduler.finish(sequence, FinishReason.LENGTH)
     num_needed = sum(70 + arrival % 7 * 5 + 30 + arrival % 11 * 3 for arrival in range(60))
     assert num_needed < num_computed < 1.2 * num_needed, num_computed / num_needed
+
+
+def test_sequences_that_fit_to_their_ends_run_together():
+    """Nothing is kept free for those that will never need it: all blocks are in use, and nobody is preempted."""
+    num_sequences, num_prompt, num_answer = 8, 2 * BLOCK_SIZE, BLOCK_SIZE + 1
+    scheduler = make_scheduler(num_blocks=num_sequences * 3, max_batch_tokens=4 * num_prompt)
+    for arrival in range(num_sequences):
+        add(scheduler, str(arrival), num_prompt, arrival, max_tokens=num_answer)
+    num_running = []
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        num_running.append(len(batch.scheduled))
+        scheduler.advance(batch)
+        for item in batch.scheduled:
+            item.sequence.token_ids.append(7)
+            if item.sequence.num_output_tokens == num_answer:
+                scheduler.finish(item.sequence, FinishReason.LENGTH)
+    assert max(num_running) == num_sequences
+    assert scheduler.num_preemptions == 0
 
 
 def test_a_preempted_sequence_is_not_taken_back_in_the_same_step():

@@ -180,9 +180,10 @@ class Scheduler:
     def _admit(self, scheduled: list[ScheduledSequence], budget: int) -> int:
         """Start waiting sequences while budget, places and blocks for their whole content last; the budget left.
 
-        A block for each running sequence stays free: who took the last ones would be preempted by the others' next
-        tokens, and its prompt would have been computed for nothing.
+        A block for each running sequence that may need one more stays free: who took the last ones would be preempted
+        by the others' next tokens, and its prompt would have been computed for nothing.
         """
+        num_reserved = sum(map(self._may_grow, self.running)) if len(self.queue) else 0
         while budget > 0 and len(self.running) < self._max_running:
             sequence = self.queue.peek()
             if sequence is None:
@@ -190,15 +191,21 @@ class Scheduler:
             prefix = self._find_prefix(sequence)
             num_missing = self._num_missing_blocks(sequence, len(sequence.token_ids)) - len(prefix)
             num_taken = num_missing + self.pool.num_free_among(prefix)
-            if num_taken + len(self.running) > self.pool.num_free_blocks:
+            if num_taken + num_reserved > self.pool.num_free_blocks:
                 break
             self.queue.pop()
             self._start(sequence, prefix)
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             self._grow(sequence, self._num_missing_blocks(sequence, sequence.num_computed_tokens + num_tokens))
+            num_reserved += self._may_grow(sequence)
             scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens))
             budget -= num_tokens
         return budget
+
+    def _may_grow(self, sequence: Sequence) -> bool:
+        """Whether a sequence lacks blocks for the longest that it may get; its last token is never computed."""
+        longest = sequence.num_prompt_tokens + max(0, sequence.sampling.max_tokens - 1)
+        return self._num_missing_blocks(sequence, longest) > 0
 
     def _start(self, sequence: Sequence, prefix: list[int]) -> None:
         self.pool.take(prefix)
