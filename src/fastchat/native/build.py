@@ -47,6 +47,8 @@ _SIGNATURES = {
     "fastchat_multiply": (_INTEGER, *[_POINTER] * 4, *[_INTEGER] * 4),
     "fastchat_multiply_int8": (_INTEGER, *[_POINTER] * 5, *[_INTEGER] * 4),
     "fastchat_multiply_int4": (_INTEGER, *[_POINTER] * 5, *[_INTEGER] * 5),
+    "fastchat_store_int8": (_INTEGER, *[_POINTER] * 3, *[_INTEGER] * 3),
+    "fastchat_store_int4": (_INTEGER, *[_POINTER] * 3, *[_INTEGER] * 4),
     "fastchat_attend": (_INTEGER, *[_POINTER] * 11, *[_INTEGER] * 14, _FLOAT, _INTEGER),
     "fastchat_normalize": (_INTEGER, *[_POINTER] * 4, *[_INTEGER] * 2, _FLOAT, _INTEGER),
     "fastchat_silu_and_multiply": (_INTEGER, *[_POINTER] * 2, *[_INTEGER] * 3),

@@ -7,7 +7,7 @@
 
 #include "chunks.h"
 #include "layers.h"
-#include "quantized.h"
+#include "stored_weights.h"
 
 // The sum of x[i] w[i].
 template <class Element>
@@ -81,6 +81,24 @@ void fastchat_multiply_int4(
     int64_t num_rows, int64_t num_columns, int64_t num_inputs, int64_t num_groups, int64_t num_threads) {
     const QuantizedRows rows = quantize(element, x, num_rows, num_inputs, true, num_threads);
     multiply_int4(rows, weight, scales, {element, output, bias, num_columns}, num_rows, num_groups, num_threads);
+}
+
+// A weight (num_rows, num_inputs) to the stored forms of products.py.
+void fastchat_store_int8(
+    int64_t element, const void* source, int8_t* weight, float* scales, int64_t num_rows, int64_t num_inputs,
+    int64_t num_threads) {
+    with_element(element, [&](auto zero) {
+        store_int8(static_cast<const decltype(zero)*>(source), weight, scales, num_rows, num_inputs, num_threads);
+    });
+}
+
+void fastchat_store_int4(
+    int64_t element, const void* source, uint8_t* packed, float* scales, int64_t num_rows, int64_t num_inputs,
+    int64_t group_size, int64_t num_threads) {
+    with_element(element, [&](auto zero) {
+        store_int4(
+            static_cast<const decltype(zero)*>(source), packed, scales, num_rows, num_inputs, group_size, num_threads);
+    });
 }
 
 // The new tokens' keys and values (num_kv_heads, num_tokens, head_dim) go to their slots; then the first `num_decoding`
