@@ -7,6 +7,7 @@
 
 #include "chunks.h"
 #include "layers.h"
+#include "panels.h"
 #include "stored_weights.h"
 
 // The sum of x[i] w[i].
@@ -71,9 +72,13 @@ void fastchat_multiply_int8(
     int64_t element, const void* x, const int8_t* weight, const float* scales, const void* bias, void* output,
     int64_t num_rows, int64_t num_columns, int64_t num_inputs, int64_t num_threads) {
     const QuantizedRows rows = quantize(element, x, num_rows, num_inputs, false, num_threads);
+    const Int8Result result{{element, output, bias, num_columns}, scales, rows.scales, rows.sums};
+#if defined(__AVX512VNNI__)
+    if (num_rows >= MIN_PANEL_ROWS)
+        return multiply_panels(weight, rows, num_rows, num_columns, num_inputs, num_threads, result);
+#endif
     multiply_all<DotInt8>(
-        weight, rows.values, rows.stride, num_rows, num_columns, num_inputs, num_threads,
-        Int8Result{{element, output, bias, num_columns}, scales, rows.scales, rows.sums});
+        weight, rows.values, rows.stride, num_rows, num_columns, num_inputs, num_threads, result);
 }
 
 void fastchat_multiply_int4(
