@@ -39,7 +39,11 @@ def test_what_fits_is_0_and_what_does_not_is_1(real_shape, capsys):
     assert (code, facts["fits"], facts["device"]) == (1, False, "cuda")
     assert facts["remedy"]["flags"] == "--quantize int8"
     assert facts["remedy"]["total_bytes"] <= 24 * 2**30
-    assert facts["verdict"].endswith(").")
+    assert "(16.07 GB (14.97 GiB)). As it is, they are served in turns: 1 in memory" in facts["verdict"]
+    assert facts["num_in_turns"] == 1
+    code, facts = as_json(capsys, real_shape, "--memory", "1GB")
+    assert (code, facts["num_in_turns"]) == (1, 0)
+    assert "turns" not in facts["verdict"]
 
 
 def test_person_reads_the_same(real_shape, capsys):
@@ -57,6 +61,10 @@ def test_workers_of_their_own_take_their_own_libraries(real_shape, capsys):
     _, together = as_json(capsys, *flags)
     _, apart = as_json(capsys, *flags, "--one-worker-each")
     assert apart["process_bytes"] > together["process_bytes"]
+    just_together = (*flags[:2], "--dtype", "bfloat16", "--memory", f"{together['least_bytes']}B", "--one-worker-each")
+    code, facts = as_json(capsys, *just_together)
+    assert code == 1
+    assert facts["verdict"].endswith("As it is, one worker holds all of them.")
 
 
 def break_header(folder):

@@ -129,7 +129,8 @@ def as_lines(inspection: Inspection) -> Iterator[str]:
     for label, dtype, quantization in forms(inspection):
         yield _row(f"  {label}", _memory_text(inspection, dtype, quantization))
     yield _row("  --dtype auto", f"{_gpu_dtype(inspection)} on a GPU, {_cpu_dtype(inspection)} on this CPU")
-    yield _row("", f"`fastchat plan {checkpoint.path}` says whether it fits, with the KV cache and everything else")
+    yield _row("", f"`fastchat plan {checkpoint.path}` says whether it fits, with the KV cache and everything else;")
+    yield _row("", "models that do not fit together take turns in memory")
 
 
 def forms(inspection: Inspection) -> Iterator[tuple[str, FloatName, Quantization | None]]:

@@ -15,7 +15,7 @@ from fastchat.serve.worker_arguments import add_engine_flags, engine_spec, obey_
 from fastchat.worker.config import EngineSpec, ModelSpec
 from fastchat.worker.device_memory import DeviceMemory, find_device
 from fastchat.worker.memory_plan import MemoryPlan, ModelShare, plan_memory
-from fastchat.worker.memory_remedy import Remedy, find_remedy, gigabytes, refusal
+from fastchat.worker.memory_remedy import Remedy, find_remedy, gigabytes, plan_without_change, refusal
 from fastchat.worker.model_groups import group_models, planned_group
 
 EXIT_DOES_NOT_FIT = 1
@@ -26,9 +26,9 @@ def create_plan_parser() -> argparse.ArgumentParser:
     parser = create_parser(
         "plan_command",
         "What models will take of the memory, and whether it fits; reads the headers of their files and no weight.",
-        epilog="Exit code 0: it fits. 1: it does not. 2: a folder or a flag that no worker would take. A worker makes "
-        "the same plan when it starts. With --max-gpu-memory the plan is for a GPU of that size, whether or not one is "
-        "here.",
+        epilog="Exit code 0: it fits. 1: it does not, though models may be served in turns. 2: a folder or a flag that "
+        "no worker would take. A worker makes the same plan when it starts. With --max-gpu-memory the plan is for a "
+        "GPU of that size, whether or not one is here.",
     )
     parser.prog = "fastchat plan"
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folders of checkpoints, loaded together")
@@ -59,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory = _memory(engine)
     plan = plan_memory(models, engine, memory, each_alone=arguments.one_worker_each)
     remedy = None if plan.fits else find_remedy(plan, models, engine, memory)
-    verdict = "it fits" if plan.fits else refusal(plan, remedy, memory)
+    carried_out = plan if plan.fits else plan_without_change(plan, models, engine, memory)
+    verdict = "it fits" if plan.fits else f"{refusal(plan, remedy, memory)}{_served_all_the_same(carried_out)}"
     if arguments.json:
         facts = {"fits": plan.fits, "verdict": verdict, **as_json(plan), "remedy": _remedy_json(remedy)}
+        facts["num_in_turns"] = carried_out.num_awake if carried_out else 0
         sys.stdout.write(json.dumps(facts, ensure_ascii=False, indent=2) + "\n")
     else:
         sys.stdout.write("\n".join([*as_lines(plan), "", verdict]) + "\n")
@@ -125,6 +127,15 @@ def _share_json(share: ModelShare) -> dict[str, Any]:  # Any: JSON
         "step_bytes": share.step_bytes,
         "text_bytes": needs.model.text_bytes,
     }
+
+
+def _served_all_the_same(carried_out: MemoryPlan | None) -> str:
+    """What a server does with models that do not fit as planned, where it serves them."""
+    if carried_out is None:
+        return ""
+    if not carried_out.num_awake:
+        return " As it is, one worker holds all of them."
+    return f" As it is, they are served in turns: {carried_out.num_awake} in memory at a time, the others asleep."
 
 
 def _remedy_json(remedy: Remedy | None) -> dict[str, Any] | None:  # Any: JSON

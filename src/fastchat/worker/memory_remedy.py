@@ -53,15 +53,23 @@ def plan_or_refuse(models: Sequence[PlannedModel], engine: EngineSpec, *, each_a
     if plan.fits:
         return plan
     sentence = refusal(plan, find_remedy(plan, models, engine, memory), memory)
-    if each_alone and len(models) > 1:
+    carried_out = plan_without_change(plan, models, engine, memory)
+    if carried_out is None:
+        raise ConfigError(sentence)
+    if carried_out.num_awake:
+        _log.warning("the models take turns in memory", at_once=carried_out.num_awake, why=sentence)
+    return carried_out
+
+
+def plan_without_change(
+    plan: MemoryPlan, models: Sequence[PlannedModel], engine: EngineSpec, memory: DeviceMemory
+) -> MemoryPlan | None:
+    """How the same models are served where `plan` does not fit: in one worker, or in turns; None where not at all."""
+    if plan.each_alone and len(models) > 1:
         together = plan_memory(models, engine, memory)
         if together.fits:  # one process takes less than several
             return together
-    turns = plan_turns(models, engine, memory)
-    if turns is None:
-        raise ConfigError(sentence)
-    _log.warning("the models take turns in memory", at_once=turns.num_awake, why=sentence)
-    return turns
+    return plan_turns(models, engine, memory)
 
 
 def refusal(plan: MemoryPlan, remedy: Remedy | None, memory: DeviceMemory) -> str:
