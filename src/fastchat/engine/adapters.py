@@ -59,12 +59,22 @@ class Adapter:
     number: int = field(default_factory=lambda: next(_numbers))
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterOrder:
+    """To be done between two steps: load `source` under `name`, or with "" remove that name. `number` is answered."""
+
+    number: int
+    name: str
+    source: str = ""
+
+
 class AdapterTable:
     """The adapters of one engine that can be asked for."""
 
     def __init__(self, host: AdapterHost | None) -> None:
         self.host = host
         self._adapters: dict[str, Adapter] = {}
+        self._missing: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"<AdapterTable {list(self._adapters)}>"
@@ -78,9 +88,19 @@ class AdapterTable:
         adapter = self._adapters[name] = Adapter(name, self.host.load(source))
         return adapter
 
+    def miss(self, name: str, reason: str) -> None:
+        """It could not be loaded; whoever asks for it is told why."""
+        self._missing[name] = reason
+
+    def why_not(self, name: str) -> str:
+        """Why there is no adapter of that name."""
+        return self._missing.get(name) or f"the adapter {name!r} was removed"
+
     def remove(self, name: str) -> None:
         """Nobody may ask for it any more; what runs with it goes on. An unknown name is no fault."""
-        self._adapters.pop(name, None)
+        self._missing.pop(name, None)
+        if self._adapters.pop(name, None) is not None and self.host is not None:
+            self.host.use(())  # the rows of the last step hold it
 
     def find(self, name: str) -> Adapter | None:
         """The adapter of that name, None where there is none."""

@@ -6,13 +6,15 @@ One interface, two implementations (`thread_client.py`, `process_client.py`), on
 from __future__ import annotations
 
 import asyncio
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from fastchat.engine.adapters import AdapterOrder
 from fastchat.engine.events import EngineStats, SequenceEvent, SequenceRequest
-from fastchat.errors import ContextLengthError, EngineError, FastChatError, InvalidRequestError
+from fastchat.errors import CheckpointError, ContextLengthError, EngineError, FastChatError, InvalidRequestError
 
 ENGINE_THREAD_NAME = "engine"
 """How the names of threads begin that run an engine."""
@@ -80,6 +82,8 @@ class EngineClient(ABC):
 
     def __init__(self) -> None:
         self._streams: dict[str, SequenceStream] = {}
+        self._orders: dict[int, asyncio.Future[None]] = {}
+        self._order_numbers = itertools.count(1)
         self._failure: FastChatError | None = EngineError("the engine has not been started")
         self._last_stats = EngineStats()
 
@@ -98,6 +102,10 @@ class EngineClient(ABC):
     @abstractmethod
     def _send_abort(self, sequence_id: str) -> None:
         """Bring an abort to the engine."""
+
+    def _send_order(self, order: AdapterOrder) -> None:
+        """Bring an order to the engine, which answers it by `_settle`. Here: one that takes no adapters."""
+        self._settle(order.number, CheckpointError(f"{order.source or order.name}: this engine takes no adapters"))
 
     def submit(self, request: SequenceRequest, stream: SequenceStream | None = None) -> SequenceStream:
         """Hand a sequence over; returns at once. Prefer `open`, which cannot forget the abort.
@@ -128,6 +136,21 @@ class EngineClient(ABC):
         finally:
             self.abort(request.sequence_id)
 
+    async def add_adapter(self, name: str, source: str) -> None:
+        """Load an adapter between two steps; sequences may ask for it from then on.
+
+        Raises `CheckpointError` for what does not fit the model, and then all is as before; `EngineError` when the
+        engine is gone.
+        """
+        await self._order(AdapterOrder(next(self._order_numbers), name, source))
+
+    async def remove_adapter(self, name: str) -> None:
+        """Let no sequence ask for an adapter any more; what runs with it holds it to its end.
+
+        An unknown name is no fault. Raises `EngineError` when the engine is gone.
+        """
+        await self._order(AdapterOrder(next(self._order_numbers), name))
+
     @property
     def stats(self) -> EngineStats:
         """The engine's latest condition; never blocks."""
@@ -153,13 +176,35 @@ class EngineClient(ABC):
                 if event.finish_reason is not None:
                     del self._streams[event.sequence_id]
 
+    async def _order(self, order: AdapterOrder) -> None:
+        if self._failure is not None:
+            raise self._failure
+        settled = self._orders[order.number] = asyncio.get_running_loop().create_future()
+        try:
+            self._send_order(order)
+            await settled
+        finally:
+            del self._orders[order.number]
+
+    def _settle(self, number: int, failure: FastChatError | None) -> None:
+        """An order has been carried out, or not. Called on the event loop."""
+        settled = self._orders.get(number)
+        if settled is None or settled.done():
+            return  # nobody waits for it any more
+        if failure is None:
+            settled.set_result(None)
+        else:
+            settled.set_exception(failure)
+
     def _fail(self, failure: FastChatError) -> None:
-        """The engine is gone: every open stream ends with `failure`. The first failure stays."""
+        """The engine is gone: every open stream and order ends with `failure`. The first failure stays."""
         if self._failure is None:
             self._failure = failure
         for stream in self._streams.values():
             stream.fail(failure)
         self._streams.clear()
+        for number in list(self._orders):
+            self._settle(number, failure)
 
     def _check(self, request: SequenceRequest) -> None:
         """What only the engine knows: its vocabulary and its room."""

@@ -136,7 +136,7 @@ class Engine:
         assert request.sequence_id not in self._sequences, f"{request.sequence_id} was submitted twice"
         adapter = self.adapters.find(request.adapter)
         if adapter is None and request.adapter:
-            error = f"the adapter {request.adapter!r} was removed"
+            error = self.adapters.why_not(request.adapter)
             return SequenceEvent(request.sequence_id, finish_reason=FinishReason.ERROR, error=error)
         sequence = Sequence(request, self._num_arrivals, adapter)
         if sequence.num_prefix_slots + len(request.prompt_token_ids) + request.sampling.max_tokens > self._num_slots:

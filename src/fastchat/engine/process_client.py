@@ -13,6 +13,7 @@ import socket
 from collections.abc import Sequence
 
 from fastchat.engine import wire
+from fastchat.engine.adapters import AdapterOrder
 from fastchat.engine.client import CLOSE_TIMEOUT_S, EngineClient
 from fastchat.engine.events import SequenceRequest
 from fastchat.errors import CheckpointError, ConfigError, EngineError, FastChatError
@@ -53,7 +54,7 @@ class ProcessEngineClient(EngineClient):
                 self.limits = wire.decode_limits(limits)
             case ["failed", str(kind), str(message)]:
                 await self.close()
-                raise _ERROR_KINDS.get(kind, EngineError)(message)
+                raise _error(kind, message)
             case _:
                 await self.close()
                 raise EngineError("the engine process ended before it was ready; its log has the cause")
@@ -107,6 +108,10 @@ class ProcessEngineClient(EngineClient):
         assert self._writer is not None
         self._writer.write(wire.pack(["abort", sequence_id]))
 
+    def _send_order(self, order: AdapterOrder) -> None:
+        assert self._writer is not None
+        self._writer.write(wire.pack(["adapter", order.number, order.name, order.source]))
+
     async def _read(self, reader: asyncio.StreamReader) -> None:
         """Deliver the child's events until it ends."""
         try:
@@ -114,8 +119,17 @@ class ProcessEngineClient(EngineClient):
                 match message:
                     case ["step", list(events), stats]:
                         self._deliver([wire.decode_event(event) for event in events], wire.decode_stats(stats))
+                    case ["settled", int(number)]:
+                        self._settle(number, None)
+                    case ["settled", int(number), str(kind), str(reason)]:
+                        self._settle(number, _error(kind, reason))
         finally:
             self._fail(EngineError("the engine process died; its log has the cause"))
+
+
+def _error(kind: str, message: str) -> FastChatError:
+    """What the child raised there."""
+    return _ERROR_KINDS.get(kind, EngineError)(message)
 
 
 async def _read_message(reader: asyncio.StreamReader) -> list[wire.Json] | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastchat.engine import wire
+from fastchat.engine.adapters import AdapterOrder
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_loop import Abort, EngineLoop, Stop
 from fastchat.engine.events import EngineStats, SequenceEvent
@@ -42,7 +43,7 @@ class _EngineServer:
     def __init__(self, connection: socket.socket, engine: Engine) -> None:
         self._connection = connection
         self._engine = engine
-        self._loop = EngineLoop(engine, self._emit)
+        self._loop = EngineLoop(engine, self._emit, settle=self._note_settled)
         self._last_stats = engine.stats
         self._send_lock = threading.Lock()
         self._has_ended = threading.Event()
@@ -63,6 +64,9 @@ class _EngineServer:
         self._last_stats = stats
         self._send(["step", [wire.encode_event(event) for event in events], wire.encode_stats(stats)])
 
+    def _note_settled(self, number: int, failure: FastChatError | None) -> None:
+        self._send(["settled", number, *([] if failure is None else [_kind(failure), failure.message])])
+
     def _send(self, message: list[wire.Json]) -> None:
         with self._send_lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reader sees the end
             self._connection.sendall(wire.pack(message))
@@ -81,6 +85,8 @@ class _EngineServer:
                             self._loop.inbox.put(wire.decode_request(request))
                         case ["abort", str(sequence_id)]:
                             self._loop.inbox.put(Abort(sequence_id))
+                        case ["adapter", int(number), str(name), str(source)]:
+                            self._loop.inbox.put(AdapterOrder(number, name, source))
                         case ["stop"]:
                             return
         finally:

@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+from fastchat.engine.adapters import AdapterOrder
 from fastchat.engine.client import CLOSE_TIMEOUT_S, ENGINE_THREAD_NAME, EngineClient
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_loop import Abort, EngineLoop, Stop
 from fastchat.engine.events import EngineStats, SequenceEvent, SequenceRequest
 from fastchat.engine.turns import Turns
-from fastchat.errors import EngineError
+from fastchat.errors import EngineError, FastChatError
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,10 @@ class ThreadEngineClient(EngineClient):
         assert self._engine_loop is not None
         self._engine_loop.inbox.put(Abort(sequence_id))
 
+    def _send_order(self, order: AdapterOrder) -> None:
+        assert self._engine_loop is not None
+        self._engine_loop.inbox.put(order)
+
     def _run(self) -> None:
         """The thread: make the engine, run it, report its end."""
         try:
@@ -88,7 +93,8 @@ class ThreadEngineClient(EngineClient):
             self._cross(self._refuse_start, error)
             return
         self.limits = engine.limits
-        self._engine, self._engine_loop = engine, EngineLoop(engine, self._emit, self._turns)
+        self._engine = engine
+        self._engine_loop = EngineLoop(engine, self._emit, self._turns, settle=self._note_settled)
         failure = EngineError("the engine was closed")
         if self._is_closing.is_set():  # `close` came while the model was loading, and did not wait
             self._cross(self._refuse_start, failure)
@@ -118,6 +124,9 @@ class ThreadEngineClient(EngineClient):
 
     def _emit(self, events: list[SequenceEvent], stats: EngineStats) -> None:
         self._cross(self._deliver, events, stats)
+
+    def _note_settled(self, number: int, failure: FastChatError | None) -> None:
+        self._cross(self._settle, number, failure)
 
     def _cross(self, callback: Callable[..., object], *arguments: object) -> None:
         """The one crossing from the engine's thread to the event loop."""

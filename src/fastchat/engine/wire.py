@@ -1,7 +1,8 @@
 """Frames between a process and the engine it spawned: a 4-byte big-endian length, then a JSON array.
 
-    to the engine:    ["add", request]  ["abort", sequence_id]  ["stop"]
+    to the engine:    ["add", request]  ["abort", sequence_id]  ["adapter", number, name, source]  ["stop"]
     from the engine:  ["ready", limits]  ["failed", kind, message]  ["step", [event, ...], stats]
+                      ["settled", number]  ["settled", number, kind, message]
 
 JSON, because nothing on this socket may be able to run code. Torch-free.
 """
