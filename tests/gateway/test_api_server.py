@@ -1,6 +1,7 @@
 """The API server's own answers: models, health, keys, CORS, and what it says when nobody can answer."""
 
 import asyncio
+import re
 import time
 from io import BytesIO
 
@@ -205,11 +206,11 @@ def locked(cluster):
 def test_with_keys_nothing_but_two_paths_answers_without_one(cluster, locked):
     """Every declared route, with every method, and paths that only look like them: 401, never anything else."""
     app = create_api_app(ApiServerConfig(cluster_token=TOKEN, api_keys=("sk-one",)))
-    paths = {route.path.replace("{model:path}", "tiny") for route in app.routes}
-    assert len(paths) == 21
+    paths = {re.sub(r"\{\w+:path\}", "tiny", route.path) for route in app.routes}
+    assert len(paths) == 23
     odd = ["/", "/v1/models/", "//v1/models", "/v1%2fmodels", "/V1/MODELS", "/v1/models;x", "/livez/", "/health/x"]
     for path in [*sorted(paths - {"/livez", "/health"}), *odd]:
-        for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "TRACE"):
+        for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"):
             status, headers, body = cluster.get(locked, path, method)
             assert status == 401, (method, path)
             assert headers["x-request-id"]

@@ -63,6 +63,32 @@ def test_engine_totals_are_counters():
     assert 'fastchat_kv_cache_usage_perc{model_name="m"} 0.25' in text
 
 
+def test_a_model_is_in_one_state_and_its_moves_are_counted():
+    """Names that come later are known from then on."""
+    metrics = WorkerMetrics(["m"])
+    metrics.observe_place("m", "loading", held_bytes=7)
+    metrics.observe_place("m", "awake", held_bytes=9)
+    metrics.observe_load("m", 0.3)
+    metrics.observe_load("m", None)
+    metrics.observe_unload("m", "evicted")
+    metrics.observe_unload("late", "idle")
+    metrics.know_models(["late"])
+    metrics.observe_unload("late", "idle")
+    text = metrics.render().decode()
+    for line in (
+        'fastchat_model_state{model_name="m",state="loading"} 0.0',
+        'fastchat_model_state{model_name="m",state="awake"} 1.0',
+        'fastchat_model_held_bytes{model_name="m"} 9.0',
+        'fastchat_model_loads_total{model_name="m",outcome="loaded"} 1.0',
+        'fastchat_model_loads_total{model_name="m",outcome="failed"} 1.0',
+        'fastchat_model_wake_seconds_sum{model_name="m"} 0.3',
+        'fastchat_model_unloads_total{model_name="m",reason="evicted"} 1.0',
+        'fastchat_model_unloads_total{model_name="other",reason="idle"} 1.0',
+        'fastchat_model_unloads_total{model_name="late",reason="idle"} 1.0',
+    ):
+        assert line in text
+
+
 def test_names_that_clients_make_up_make_no_labels():
     """Ten thousand unknown models and routes are one label each."""
     metrics = GatewayMetrics(["/v1/chat/completions"])

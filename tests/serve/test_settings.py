@@ -111,7 +111,7 @@ def test_required_flag_may_come_from_elsewhere(settings, capsys):
     [
         ("prot = 1", "prot is not a setting; did you mean port?"),
         ("max_context = 1", "did you mean max-context?"),
-        ("zzzz = 1", "known are allow-credentials,"),
+        ("zzzz = 1", "known are adapter-dir, adapter-memory, allow-credentials,"),
         ('port = "8000"', 'port must be a whole number, not the text "8000"'),
         ("port = true", "port must be a whole number, not true"),
         ("port = 99999", "99999 is not a port"),

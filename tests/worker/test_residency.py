@@ -184,6 +184,51 @@ def test_whoever_waited_for_a_load_gets_it_even_if_it_is_to_leave_again(clock):
     assert made.next_actions() == [Unload("a")]
 
 
+def test_a_model_grows_where_there_is_room_and_shrinks_again(clock):
+    """Asleep it is loaded first; awake it grows at once; what it gives back is there for others."""
+    made = residency(clock, {"a": 4, "b": 4}, 10)
+    growing = made.take("a", more_bytes=2)
+    assert made.next_actions() == [Load("a")]
+    made.loaded("a")
+    assert not growing.is_granted
+    assert made.next_actions() == []
+    assert growing.is_granted
+    assert made.used_bytes == 6
+    made.give_back(load(made, "b"))
+    made.give_back(growing)
+    made.shrink("a", 2)
+    assert made.used_bytes == 8
+
+
+def test_idle_models_leave_for_one_that_grows_and_it_stays_itself(clock):
+    """Those who came later do not get the room that is made."""
+    made = residency(clock, {"a": 4, "b": 5, "c": 1}, 10)
+    for key in ("a", "b"):
+        made.give_back(load(made, key))
+    growing, later = made.take("a", more_bytes=3), made.take("c")
+    assert made.next_actions() == [Unload("b")]
+    assert not growing.is_granted
+    made.unloaded("b")
+    assert made.next_actions() == [Load("c")]
+    assert growing.is_granted
+    made.loaded("c")
+    assert later.is_granted
+    assert made.used_bytes == 8
+
+
+def test_what_can_never_grow_so_far_is_refused(clock):
+    """At once, or as soon as another one has taken the room for good."""
+    made = residency(clock, {"a": 4, "b": 4}, 10)
+    with pytest.raises(UnavailableError, match="a with the adapter needs"):
+        made.take("a", more_bytes=7)
+    first, second = (made.take("a", more_bytes=4) for _ in range(2))
+    made.next_actions()
+    made.loaded("a")
+    made.next_actions()
+    assert first.is_granted
+    assert isinstance(second.failure, UnavailableError)
+
+
 def test_an_unknown_model_is_named(clock):
     """With what there is."""
     with pytest.raises(ModelNotFoundError):
@@ -198,6 +243,7 @@ class AnyHistory(RuleBasedStateMachine):
         idle_timeout_s=st.one_of(st.none(), st.floats(1, 20)),
     )
     def begin(self, sizes, idle_timeout_s):
+        self.sizes = sizes
         self.clock = Clock()
         self.keys = [f"model-{number}" for number in range(len(sizes))]
         self.made = residency(self.clock, dict(zip(self.keys, sizes, strict=True)), 12, idle_timeout_s=idle_timeout_s)
@@ -224,12 +270,24 @@ class AnyHistory(RuleBasedStateMachine):
             assert pinned + self.made.find(key).num_bytes > 12
         self.act()
 
+    @rule(data=st.data(), more_bytes=st.integers(1, 6))
+    def grow(self, data, more_bytes):
+        key = data.draw(st.sampled_from(self.keys))
+        try:
+            self.tickets.append(self.made.take(key, more_bytes=more_bytes))
+        except UnavailableError:
+            pinned = sum(each.num_bytes for each in self.made if each.is_pinned and each.key != key)
+            assert pinned + self.made.find(key).num_bytes + more_bytes > 12
+        self.act()
+
     @precondition(lambda self: self.tickets)
-    @rule(data=st.data())
-    def give_back(self, data):
+    @rule(data=st.data(), shrinks=st.booleans())
+    def give_back(self, data, shrinks):
         ticket = data.draw(st.sampled_from(self.tickets))
         self.tickets.remove(ticket)
         self.made.give_back(ticket)
+        if ticket.is_granted and shrinks:
+            self.made.shrink(ticket.key, ticket.more_bytes)
         self.act()
 
     @precondition(lambda self: self.under_way)
@@ -265,6 +323,11 @@ class AnyHistory(RuleBasedStateMachine):
     @invariant()
     def memory_stays_within_the_budget(self):
         assert self.made.used_bytes <= 12
+
+    @invariant()
+    def a_model_is_never_smaller_than_it_was(self):
+        for resident, size in zip(self.made, self.sizes, strict=True):
+            assert resident.num_bytes >= size
 
     @invariant()
     def a_granted_ticket_has_its_model(self):

@@ -229,6 +229,15 @@ class DetokenizeRequest(ModelBody):
     tokens: TokenIds
 
 
+class AdapterRequest(BaseModel):
+    """POST /api/v1/models/{base}/adapters. `path` is a folder below the worker's --adapter-dir, else `name` is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+
+
 class ResumeState(BaseModel):
     """The `resume` field of our API server, one entry for each choice; null prompt ids: nothing was sent of it."""
 

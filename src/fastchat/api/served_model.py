@@ -68,10 +68,22 @@ class ServedModels:
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self._models: dict[str, ServedModel] = {}
         for model in models:
-            for name in model.names:
-                if name in self._models:
-                    raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
-                self._models[name] = model
+            self.add(model)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
+    def add(self, model: ServedModel) -> None:
+        """Serve one more. Raises `ConfigError` when a name is taken."""
+        for name in model.names:
+            if name in self._models:
+                raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
+            self._models[name] = model
+
+    def remove(self, model: ServedModel) -> None:
+        """Serve it no more; requests that have found it go on."""
+        for name in model.names:
+            del self._models[name]
 
     def __iter__(self) -> Iterator[tuple[str, ServedModel]]:
         """Every name with its model, in the order given."""

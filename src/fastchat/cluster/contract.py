@@ -44,6 +44,8 @@ MODEL_CONTROL_PATH = "/api/v1/models"
 """Of a worker and of the API server: GET tells the models' states, POST of `{model}/{action}` below it changes one."""
 ModelAction = Literal["load", "unload", "sleep", "wake", "pin", "unpin"]
 MODEL_ACTIONS: tuple[ModelAction, ...] = get_args(ModelAction)
+ADAPTERS = "adapters"
+"""`{base}/adapters` below it: POST adds an adapter, DELETE of `/{name}` below that removes one."""
 ModelState = Literal["asleep", "loading", "awake", "leaving"]
 
 
@@ -86,6 +88,13 @@ class Hello(Message):
     protocol: int = PROTOCOL_VERSION
     worker_id: str
     address: str
+    models: tuple[ModelEntry, ...]
+
+
+class Models(Message):
+    """What a worker serves has changed: all its models from now on."""
+
+    type: Literal["models"] = "models"
     models: tuple[ModelEntry, ...]
 
 
@@ -159,5 +168,5 @@ class TableSnapshot(Message):
     workers: tuple[WorkerEntry, ...]
 
 
-WorkerMessage = Annotated[Hello | Progress | FinalRecord | Goodbye, Field(discriminator="type")]
+WorkerMessage = Annotated[Hello | Models | Progress | FinalRecord | Goodbye, Field(discriminator="type")]
 ControllerMessage = Annotated[Welcome | Acknowledge | Refused, Field(discriminator="type")]

@@ -26,6 +26,8 @@ from fastchat.cluster.contract import (
     Hello,
     Load,
     Message,
+    ModelEntry,
+    Models,
     Progress,
     Refused,
     Welcome,
@@ -75,6 +77,7 @@ class ControlConnection:
         self._is_draining = False
         self._has_said_goodbye = False
         self._reports_now = False
+        self._has_new_models = False
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -146,6 +149,12 @@ class ControlConnection:
         self._reports_now = True
         self._wake.set()
 
+    def announce(self, models: tuple[ModelEntry, ...]) -> None:
+        """Tell at once what is served from now on, and again after any reconnect."""
+        self._hello = self._hello.model_copy(update={"models": models})
+        self._has_new_models = True
+        self.report_now()  # with the states of what is new
+
     async def _run(self, session: aiohttp.ClientSession) -> None:
         while True:
             try:
@@ -209,6 +218,9 @@ class ControlConnection:
                 if self._is_draining and not self._has_said_goodbye:
                     await _send(socket, Goodbye())
                     self._has_said_goodbye = True
+                if self._has_new_models:
+                    self._has_new_models = False
+                    await _send(socket, Models(models=self._hello.models))
                 while self._num_sent < len(self._records):
                     self._num_sent += 1
                     await _send(socket, self._records[self._num_sent - 1])

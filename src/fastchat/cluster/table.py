@@ -142,6 +142,13 @@ class WorkerTable:
             self._changed(is_urgent=False)
         self.sweep()
 
+    def change_models(self, registration: Registration, models: tuple[ModelEntry, ...]) -> None:
+        """What a worker serves from now on. Ignored after another connection has taken its place."""
+        if self.holds(registration):
+            registration.models = models
+            registration.heard_at = self._clock()
+            self._changed(is_urgent=True)
+
     def hear(self, registration: Registration) -> None:
         """A message that carries no load, such as a final record, shows that the worker lives."""
         registration.heard_at = self._clock()

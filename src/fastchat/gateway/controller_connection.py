@@ -19,6 +19,7 @@ from fastchat.cluster.contract import (
     Goodbye,
     Hello,
     Message,
+    Models,
     Progress,
     Refused,
     Welcome,
@@ -34,7 +35,7 @@ _TRY_AGAIN_LATER = 1013  # close code of RFC 6455's registry
 _MAX_REASON_CHARACTERS = 500
 
 _log = structlog.stdlib.get_logger(__name__)
-_worker_message: TypeAdapter[Hello | Progress | FinalRecord | Goodbye] = TypeAdapter(WorkerMessage)
+_worker_message: TypeAdapter[Hello | Models | Progress | FinalRecord | Goodbye] = TypeAdapter(WorkerMessage)
 
 
 @dataclass(slots=True)
@@ -114,6 +115,10 @@ class Reception:
     def _take(self, registration: Registration, inbox: _Inbox, message: Message) -> None:
         if isinstance(message, Progress):
             self.table.report(registration, message.load)
+        elif isinstance(message, Models):
+            names = ",".join(model.name for model in message.models)
+            _log.info("worker serves other models", worker_id=registration.worker_id, models=names)
+            self.table.change_models(registration, message.models)
         elif isinstance(message, FinalRecord):
             self.table.hear(registration)
             inbox.records.append(message)

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import aiohttp
 
@@ -46,12 +46,19 @@ class Exchange:
         return f"<Exchange worker={self.worker.worker_id}{doubted}>"
 
     async def start(
-        self, session: aiohttp.ClientSession, path: str, headers: Mapping[str, str], body: bytes
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        method: Literal["POST", "DELETE"] = "POST",
     ) -> aiohttp.ClientResponse:
         """Send the request and wait for the answer's head. Raises `UnavailableError`."""
         with _lost_worker_translated():
             self._response = await self._while_worker_lives(
-                session.post(
+                session.request(
+                    method,
                     f"{self.worker.address}{path}",
                     # A large body is written piece by piece, so that it does not hold up the other streams.
                     data=body if len(body) < LARGE_BODY_BYTES else BytesIO(body),

@@ -1,7 +1,9 @@
-"""The models' life-cycle for operators: the states of all replicas, and load, unload, sleep, wake, pin, unpin.
+"""The models' life-cycle for operators: the states of all replicas, moving models, adding and removing adapters.
 
-GET  /api/v1/models                          every model of every worker, asked of the workers now
-POST /api/v1/models/{model}/{action}         on each worker that serves the model, or on `?worker=ID` alone
+GET    /api/v1/models                          every model of every worker, asked of the workers now
+POST   /api/v1/models/{model}/{action}         on each worker that serves the model, or on `?worker=ID` alone
+POST   /api/v1/models/{base}/adapters          an adapter more, on each worker that serves its base
+DELETE /api/v1/models/{base}/adapters/{name}   that adapter no more
 
 Who may: with keys, those of `--api-keys` and those made with `fastchat keys create --operator`; without keys, programs
 on this machine.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import aiohttp
@@ -22,15 +24,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fastchat.api.answer_reader import error_of
-from fastchat.api.http_edge import bearer_key, read_body, run_until_disconnect
-from fastchat.cluster.contract import MODEL_ACTIONS, MODEL_CONTROL_PATH, ModelAction, WorkerEntry
+from fastchat.api.http_edge import bearer_key, read_body, read_json_object, run_until_disconnect
+from fastchat.api.parameters import validate
+from fastchat.api.protocol import AdapterRequest
+from fastchat.cluster.contract import ADAPTERS, MODEL_ACTIONS, MODEL_CONTROL_PATH, ModelAction, WorkerEntry
 from fastchat.cluster.dispatch import served_models
 from fastchat.config import is_loopback
 from fastchat.errors import (
     ConflictError,
+    FastChatError,
     InvalidRequestError,
     ModelNotFoundError,
     PermissionDeniedError,
+    RecordNotFoundError,
     RequestError,
     UnavailableError,
 )
@@ -69,7 +75,15 @@ class ModelControl:
     def routes(self) -> list[tuple[Operation, Endpoint]]:
         """Each operation with its endpoint."""
         listing = Operation("GET", MODEL_CONTROL_PATH, "State, memory and last use of every model, for operators")
-        return [(listing, self._list), *(self._acting(action) for action in MODEL_ACTIONS)]
+        path = f"{MODEL_CONTROL_PATH}/{{base:path}}/{ADAPTERS}"
+        adding = Operation("POST", path, "Serve an adapter beside its base", AdapterRequest, query=("worker",))
+        removing = Operation("DELETE", f"{path}/{{name:path}}", "Serve an adapter no more", query=("worker",))
+        return [
+            (listing, self._list),
+            *(self._acting(action) for action in MODEL_ACTIONS),
+            (adding, self._add_adapter),
+            (removing, self._remove_adapter),
+        ]
 
     def _acting(self, action: ModelAction) -> tuple[Operation, Endpoint]:
         async def act(request: Request) -> Response:
@@ -88,12 +102,41 @@ class ModelControl:
         self._check_operator(request)
         await check_no_fields(request)
         model = request.path_params["model"]
-        workers = self._chosen_workers(model, request.query_params.get("worker"))
+        workers = self._chosen_workers([model], request)
+        self._note(request, action, workers, model=model)
+        return await self._tell_all(request, workers, _Order(f"{quote(model)}/{action}"))
+
+    async def _add_adapter(self, request: Request) -> Response:
+        self._check_operator(request)
+        body = validate(AdapterRequest, await read_json_object(request))
+        base = request.path_params["base"]
+        workers = self._chosen_workers([base], request)
+        self._note(request, "add adapter", workers, model=base, adapter=body.name)
+        order = _Order(f"{quote(base)}/{ADAPTERS}", body.model_dump_json(exclude_none=True).encode())
+        return await self._tell_all(request, workers, order)
+
+    async def _remove_adapter(self, request: Request) -> Response:
+        self._check_operator(request)
+        await check_no_fields(request)
+        base, name = request.path_params["base"], request.path_params["name"]
+        workers = self._chosen_workers([base, name], request)
+        self._note(request, "remove adapter", workers, model=base, adapter=name)
+        order = _Order(f"{quote(base)}/{ADAPTERS}/{quote(name)}", method="DELETE")
+        return await self._tell_all(request, workers, order)
+
+    def _note(self, request: Request, action: str, workers: Sequence[WorkerEntry], **facts: str) -> None:
         tenant = self._keys.tenant_of(bearer_key(request.scope) or "")
-        _log.info("model control", model=model, action=action, tenant=tenant, num_workers=len(workers))
-        path = f"{MODEL_CONTROL_PATH}/{quote(model)}/{action}"
-        told = asyncio.gather(*(self._tell(worker, path) for worker in workers))
-        return _json(_merged(await run_until_disconnect(request, told)))
+        _log.info("model control", action=action, tenant=tenant, num_workers=len(workers), **facts)
+
+    async def _tell_all(self, request: Request, workers: Sequence[WorkerEntry], order: _Order) -> Response:
+        """All at once and each to its end, whichever of them fail."""
+        told = asyncio.gather(*(self._tell(worker, order) for worker in workers), return_exceptions=True)
+        outcomes = await run_until_disconnect(request, told)
+        both = zip(workers, outcomes, strict=True)
+        failures = [(worker, outcome) for worker, outcome in both if isinstance(outcome, BaseException)]
+        if failures:
+            raise _told_of_all(failures, num_workers=len(workers))
+        return _json(_merged([each for each in outcomes if isinstance(each, dict)]))
 
     def _check_operator(self, request: Request) -> None:
         """Raise `PermissionDeniedError` for who may use the models but not move them."""
@@ -110,11 +153,16 @@ class ModelControl:
                 code="operator_key_needed",
             )
 
-    def _chosen_workers(self, model: str, worker_id: str | None) -> list[WorkerEntry]:
+    def _chosen_workers(self, names: Sequence[str], request: Request) -> list[WorkerEntry]:
+        """The workers that serve all of the names, or the one of them that `?worker=ID` means."""
         snapshot = self._table.current()
-        serving = [worker for worker in snapshot.workers if any(entry.name == model for entry in worker.models)]
-        if not serving:
-            raise self._table.explain(ModelNotFoundError(model, served_models(snapshot)))
+        serving = list(snapshot.workers)
+        for model in names:
+            serving = [worker for worker in serving if any(entry.name == model for entry in worker.models)]
+            if not serving:
+                error = ModelNotFoundError(model, served_models(snapshot))
+                raise self._table.explain(error) if model == names[0] else error
+        worker_id = request.query_params.get("worker")
         chosen = [worker for worker in serving if worker_id in (None, worker.worker_id)]
         if not chosen:
             raise InvalidRequestError(
@@ -147,10 +195,11 @@ class ModelControl:
         ]
         return {"data": rows, "workers": [{"id": worker.worker_id, "address": worker.address}]}
 
-    async def _tell(self, worker: WorkerEntry, path: str) -> Json:
+    async def _tell(self, worker: WorkerEntry, order: _Order) -> Json:
         """Tell one worker; loading may take minutes. Raises what it answers, `UnavailableError` where it is lost."""
         with self.line.exchanges.open(worker) as exchange:
-            response = await exchange.start(self.line.session, path, self._headers(), b"")
+            path = f"{MODEL_CONTROL_PATH}/{order.path}"
+            response = await exchange.start(self.line.session, path, self._headers(), order.body, method=order.method)
             body = b""
             while chunk := await exchange.read():
                 body += chunk
@@ -160,12 +209,34 @@ class ModelControl:
             error = error_of(orjson.loads(body), status=response.status)
         except ValueError:
             error = None
-        if isinstance(error, RequestError) and response.status == 409:
-            raise ConflictError(error.message, code=error.code)
+        if isinstance(error, RequestError):
+            raise _KINDS.get(response.status, InvalidRequestError)(error.message, param=error.param, code=error.code)
         raise error or UnavailableError(f"The worker {worker.worker_id} answers {response.status}; look at its log.")
 
     def _headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.line.cluster_token}", "accept-encoding": "identity"}
+
+
+_KINDS: dict[int, type[RequestError]] = {403: PermissionDeniedError, 404: RecordNotFoundError, 409: ConflictError}
+"""What a worker says no with, by its status."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What workers are told: a path below the control path, as it stands in a URL."""
+
+    path: str
+    body: bytes = b""
+    method: Literal["POST", "DELETE"] = "POST"
+
+
+def _told_of_all(failures: Sequence[tuple[WorkerEntry, BaseException]], *, num_workers: int) -> BaseException:
+    """The first failure; where there are several workers its message says which of them failed and how."""
+    error = failures[0][1]
+    if isinstance(error, FastChatError) and num_workers > 1:
+        reasons = (f"worker {worker.worker_id}: {getattr(each, 'message', each)}" for worker, each in failures)
+        error.message = f"It failed on {len(failures)} of {num_workers} workers. {' '.join(reasons)}"
+    return error
 
 
 async def check_no_fields(request: Request) -> None:

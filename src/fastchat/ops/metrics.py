@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
@@ -23,6 +23,8 @@ _TOKEN_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 
 _MODEL = ("model_name",)
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
+ModelPlace = Literal["asleep", "loading", "awake", "leaving"]
+UnloadReason = Literal["evicted", "idle", "operator"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +100,18 @@ class _ProcessMetrics:
 
 
 class WorkerMetrics(_ProcessMetrics):
-    """A worker's metrics, for the models that it serves and no other label."""
+    """A worker's metrics, for the models that it serves or has served and no other label."""
 
-    def __init__(self, models: Iterable[str]) -> None:
+    def __init__(self, models: Iterable[str] = ()) -> None:
         super().__init__()
         self._models = frozenset(models)
+        self._places = self._gauge("fastchat_model_state", "1 for the state that a model is in", (*_MODEL, "state"))
+        self._held = self._gauge("fastchat_model_held_bytes", "Memory that a model takes now, as planned", _MODEL)
+        self._loads = self._counter("fastchat_model_loads_total", "Ended loads by outcome", (*_MODEL, "outcome"))
+        self._unloads = self._counter("fastchat_model_unloads_total", "Freed models by reason", (*_MODEL, "reason"))
+        self._wake = self._histogram(
+            "fastchat_model_wake_seconds", "From the beginning of a load to its end", _MODEL, _LATENCY_BUCKETS_S
+        )
         self._running = self._gauge("fastchat_num_requests_running", "Sequences in the engine's batch", _MODEL)
         self._waiting = self._gauge("fastchat_num_requests_waiting", "Sequences that wait for the engine", _MODEL)
         self._queued = self._gauge("fastchat_num_queued_tokens", "Tokens that wait or run, to compute", _MODEL)
@@ -134,6 +143,28 @@ class WorkerMetrics(_ProcessMetrics):
         self._latency = self._histogram(
             "fastchat_e2e_request_latency_seconds", "From arrival to the end", _MODEL, _LATENCY_BUCKETS_S
         )
+
+    def know_models(self, models: Iterable[str]) -> None:
+        """More names are served from now on; those that were stay, for what still runs under them."""
+        self._models |= frozenset(models)
+
+    def observe_place(self, model: str, state: ModelPlace, *, held_bytes: int) -> None:
+        """Show where a model is; called when metrics are asked for."""
+        model = _closed(model, self._models)
+        for each in get_args(ModelPlace):
+            self._places.labels(model, each).set(each == state)
+        self._held.labels(model).set(held_bytes)
+
+    def observe_load(self, model: str, seconds: float | None) -> None:
+        """Count a load that has ended; None: it failed."""
+        model = _closed(model, self._models)
+        self._loads.labels(model, "failed" if seconds is None else "loaded").inc()
+        if seconds is not None:
+            self._wake.labels(model).observe(seconds)
+
+    def observe_unload(self, model: str, reason: UnloadReason) -> None:
+        """Count a model whose memory was freed."""
+        self._unloads.labels(_closed(model, self._models), reason).inc()
 
     def observe_request(self, fact: RequestFinished) -> None:
         """Count one ended request."""

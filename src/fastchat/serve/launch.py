@@ -279,7 +279,7 @@ def _served_workers(arguments: argparse.Namespace) -> list[ServedWorker]:
     for name in arguments.pin:
         if name not in names:
             raise ConfigError(f"--pin names {name!r}, but the models here are {', '.join(names)}.")
-    engine = worker_arguments.engine_spec(arguments, max_running=arguments.limit_worker_concurrency)
+    engine = worker_arguments.serving_engine_spec(arguments)
     plan = plan_or_refuse([planned_group(group) for group in groups], engine, each_alone=True)
     if not plan.each_alone:
         return [ServedWorker(groups, (f"{plan.budget.flag}={plan.budget.num_bytes}",))]

@@ -1,4 +1,4 @@
-"""`fastchat models ls|load|unload|sleep|wake|pin|unpin`: the models of a running server, and moving them."""
+"""`fastchat models ls|load|unload|sleep|wake|pin|unpin|add-adapter|remove-adapter`: the models of a running server."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from urllib.parse import quote
 
 from rich.cells import cell_len
 
-from fastchat.cluster.contract import MODEL_ACTIONS, MODEL_CONTROL_PATH
-from fastchat.errors import UnavailableError
+from fastchat.cluster.contract import ADAPTERS, MODEL_ACTIONS, MODEL_CONTROL_PATH
+from fastchat.errors import ConfigError, UnavailableError
+from fastchat.serve.arguments import flag_type
 from fastchat.serve.chat import add_server_flags, server_of
 from fastchat.serve.sizes import size_text
 from fastchat.terminal.http_connection import HttpConnection
@@ -42,7 +43,46 @@ def add_control_parsers(actions: argparse._SubParsersAction[argparse.ArgumentPar
         if action != "ls":
             parser.add_argument("names", nargs="+", metavar="MODEL", help="a model's name, as `ls` shows it")
         add_server_flags(parser)
-        parser.add_argument("--json", action="store_true", help="write the server's JSON (default: for reading)")
+        _add_output_flag(parser)
+    _add_adapter_parsers(actions)
+
+
+def _add_adapter_parsers(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    adding = actions.add_parser(
+        "add-adapter",
+        help="serve an adapter by the engine of its base",
+        description="Serve an adapter by the engine of its base, until it is removed or its worker ends. The folder "
+        "lies below the workers' --adapter-dir.",
+    )
+    removing = actions.add_parser(
+        "remove-adapter",
+        help="serve adapters no more",
+        description="Serve adapters no more; what runs with them ends in peace, then their memory is free.",
+    )
+    for parser in (adding, removing):
+        parser.add_argument("base", metavar="BASE", help="the base's name, as `ls` shows it")
+    adding.add_argument(
+        "adapter",
+        type=flag_type(name_and_path),
+        metavar="NAME[=FOLDER]",
+        help="the name to serve it as, and its folder (default: the folder of that name)",
+    )
+    removing.add_argument("names", nargs="+", metavar="NAME", help="an adapter's name")
+    for parser in (adding, removing):
+        add_server_flags(parser)
+        _add_output_flag(parser)
+
+
+def _add_output_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="write the server's JSON (default: for reading)")
+
+
+def name_and_path(text: str) -> tuple[str, str]:
+    """`NAME=FOLDER` in two; a name alone is both."""
+    name, mark, path = text.partition("=")
+    if not name or (mark and not path):
+        raise ConfigError(f"{text!r} is not NAME or NAME=FOLDER.")
+    return name, path or name
 
 
 def run_control(arguments: argparse.Namespace) -> int:
@@ -71,13 +111,7 @@ async def _ask(arguments: argparse.Namespace, base_url: str, api_key: str | None
     connection = HttpConnection(base_url, api_key=api_key)
     await connection.open()
     try:
-        if arguments.action == "ls":
-            documents = [await connection.get(MODEL_CONTROL_PATH, what=_WHAT)]
-        else:
-            documents = [
-                await connection.post(f"{MODEL_CONTROL_PATH}/{quote(name)}/{arguments.action}", {}, what=_WHAT)
-                for name in arguments.names
-            ]
+        documents = await _documents(arguments, connection)
     finally:
         await connection.close()
     try:
@@ -86,9 +120,29 @@ async def _ask(arguments: argparse.Namespace, base_url: str, api_key: str | None
         raise UnavailableError(f"{base_url}{MODEL_CONTROL_PATH} is not {_WHAT}; is this a FastChat server?") from None
 
 
+async def _documents(arguments: argparse.Namespace, connection: HttpConnection) -> list[Row]:
+    """What the server says to each of the requests that the command stands for."""
+    if arguments.action == "ls":
+        return [await connection.get(MODEL_CONTROL_PATH, what=_WHAT)]
+    if arguments.action == "add-adapter":
+        name, path = arguments.adapter
+        body = {"name": name, "path": path}
+        return [await connection.post(_adapters_path(arguments.base), body, what=_WHAT)]
+    if arguments.action == "remove-adapter":
+        paths = (f"{_adapters_path(arguments.base)}/{quote(name)}" for name in arguments.names)
+        return [await connection.delete(path, what=_WHAT) for path in paths]
+    paths = (f"{MODEL_CONTROL_PATH}/{quote(name)}/{arguments.action}" for name in arguments.names)
+    return [await connection.post(path, {}, what=_WHAT) for path in paths]
+
+
+def _adapters_path(base: str) -> str:
+    return f"{MODEL_CONTROL_PATH}/{quote(base)}/{ADAPTERS}"
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     """A row for reading; what a worker did not tell is a dash."""
     names = ", ".join(_shown(name) for name in [row.get("id"), *row.get("aliases", [])])
+    names += "".join(f" +{_shown(name)}" for name in row.get("adapters", []))
     memory = row.get("memory_bytes")
     return (
         names,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastchat.config import Environment, parse_bytes, parse_url, reachable_url
@@ -29,6 +31,7 @@ from fastchat.serve.settings import add_config_flag
 from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
 
 DEFAULT_PORT = 21002
+DEFAULT_ADAPTER_BYTES = 512 * 2**20
 
 _QUANTIZED = (
     "quantized checkpoints of this kind are not read; give the unquantized checkpoint's folder to --model-path, and "
@@ -119,6 +122,19 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="free the memory of a model that nobody has used for so long; the next request for it loads it again "
         "(default: never, only when another model needs the memory)",
+    )
+    parser.add_argument(
+        "--adapter-dir",
+        type=flag_type(adapter_dir),
+        metavar="FOLDER",
+        help="where adapters lie that an operator may add while it runs (default: none may be added)",
+    )
+    parser.add_argument(
+        "--adapter-memory",
+        type=flag_type(parse_bytes),
+        default=DEFAULT_ADAPTER_BYTES,
+        metavar="SIZE",
+        help="with --adapter-dir: memory kept free for each model's adapters that are added (default: 512MiB)",
     )
     parser.add_argument(
         "--debug", nargs="?", const="true", default="", metavar="BOOL", help="as --log-level debug (default: off)"
@@ -229,13 +245,21 @@ def worker_config(
         or reachable_url(listeners.host, listeners.port, tls=arguments.ssl, peer_url=controller_address),
         cluster_token=cluster_token(arguments, environment),
         controller_address=controller_address,
-        engine=engine_spec(arguments, max_running=arguments.limit_worker_concurrency),
+        engine=serving_engine_spec(arguments),
         stream_interval=arguments.stream_interval,
         default_seed=arguments.seed,
         truncates_embedding_input=arguments.embed_in_truncate,
         idle_timeout_s=arguments.idle_timeout,
         pinned=arguments.pin,
+        adapter_dir=arguments.adapter_dir,
     )
+
+
+def serving_engine_spec(arguments: argparse.Namespace) -> EngineSpec:
+    """How models are run that are served."""
+    reserve_bytes = arguments.adapter_memory if arguments.adapter_dir is not None else 0
+    engine = engine_spec(arguments, max_running=arguments.limit_worker_concurrency)
+    return replace(engine, adapter_reserve_bytes=reserve_bytes)
 
 
 def engine_spec(arguments: argparse.Namespace, *, max_running: int | None = None) -> EngineSpec:
@@ -281,6 +305,14 @@ def model_path(text: str) -> str:
     if not text.strip():
         raise ConfigError("--model-path is empty; give the folder of a checkpoint.")
     return text
+
+
+def adapter_dir(text: str) -> Path:
+    """A folder that is there, by its whole path."""
+    folder = Path(text).expanduser().absolute()
+    if not text.strip() or not folder.is_dir():
+        raise ConfigError(f"--adapter-dir {text!r} is no folder; make it, or correct its name.")
+    return folder
 
 
 def model_names(text: str | None) -> tuple[str, ...]:

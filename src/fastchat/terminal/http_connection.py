@@ -52,6 +52,12 @@ class HttpConnection:
             async with self._opened.post(self._dial_url + path, json=body) as response:
                 return await self._document(response, path, what)
 
+    async def delete(self, path: str, *, what: str) -> Any:
+        """The JSON that a route answers."""
+        with self._translated():
+            async with self._opened.delete(self._dial_url + path) as response:
+                return await self._document(response, path, what)
+
     @asynccontextmanager
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
         """The bytes of a streamed answer as they come; leaving the block, by any way, ends it on the server."""

@@ -47,6 +47,8 @@ class EngineSpec:
     kv_cache_bytes: int | None = None
     max_memory_bytes: int | None = None
     max_device_bytes: int | None = None
+    adapter_reserve_bytes: int = 0
+    """Kept free for each model's adapters that come while it is served."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -64,7 +66,7 @@ class WorkerConfig:
     """One worker process. `address` is the URL that others call it by; None as controller: it does not register.
 
     A model that nobody uses for `idle_timeout_s` leaves memory (None: when its memory is wanted); `pinned` ones, by any
-    of their names, never do.
+    of their names, never do. Adapters that are added while it runs lie below `adapter_dir`; None: none may be.
     """
 
     models: tuple[ModelSpec, ...]
@@ -78,6 +80,7 @@ class WorkerConfig:
     hang_after_s: float = 30.0
     idle_timeout_s: float | None = None
     pinned: tuple[str, ...] = ()
+    adapter_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -11,6 +11,7 @@ import structlog
 
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_config import EngineConfig
+from fastchat.errors import CheckpointError
 from fastchat.models.adapters import ModelAdapters
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.lean import make_lean
@@ -38,9 +39,13 @@ class EnginePlan:
     kv_cache_bytes: int
     adapters: tuple[tuple[str, str], ...] = ()
     """(name, folder) of each that is there from the start."""
+    may_miss_adapters: bool = False
+    """Whether the model runs without those that cannot be read, because it did so with them before."""
 
     @classmethod
-    def of(cls, share: ModelShare, adapters: Sequence[tuple[str, str]] = ()) -> EnginePlan:
+    def of(
+        cls, share: ModelShare, adapters: Sequence[tuple[str, str]] = (), *, may_miss_adapters: bool = False
+    ) -> EnginePlan:
         """What the memory plan gives to one model."""
         needs = share.needs
         return cls(
@@ -53,6 +58,7 @@ class EnginePlan:
             max_running=needs.max_running,
             kv_cache_bytes=share.cache_bytes,
             adapters=tuple(adapters),
+            may_miss_adapters=may_miss_adapters,
         )
 
     def to_json(self) -> str:
@@ -89,5 +95,11 @@ def make_engine(plan: EnginePlan, tell_progress: Callable[[float], object] = lam
     )
     engine = Engine(model, config, ModelAdapters(model, checkpoint))
     for name, folder in plan.adapters:
-        engine.adapters.add(name, folder)
+        try:
+            engine.adapters.add(name, folder)
+        except CheckpointError as error:
+            if not plan.may_miss_adapters:
+                raise
+            _log.error("adapter lost; its base runs without it", model=checkpoint.name, adapter=name, why=error.message)
+            engine.adapters.miss(name, error.message)
     return engine

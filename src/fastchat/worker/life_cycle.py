@@ -17,10 +17,12 @@ from fastchat.cluster.registration import ControlConnection
 from fastchat.errors import UnavailableError
 from fastchat.models.shared_tensors import PROCESS_TENSORS
 from fastchat.ops.metrics import EngineCondition, RequestFinished, WorkerMetrics
+from fastchat.worker.adapter_control import AdapterControl
 from fastchat.worker.config import WorkerConfig
 from fastchat.worker.health import ENGINE_DIED, EngineHealth
 from fastchat.worker.loaded_model import open_models
 from fastchat.worker.model_control import ModelControl
+from fastchat.worker.model_keeper import ModelKeeper
 
 WATCH_INTERVAL_S = 1.0
 
@@ -48,7 +50,7 @@ class WorkerRuntime:
         self._end_process = end_process
         self.worker_id = secrets.token_hex(8)
         self.models = ServedModels(())
-        self.metrics = WorkerMetrics(())
+        self.metrics = WorkerMetrics()
         self.health = EngineHealth((), clock, hang_after_s=config.hang_after_s)
         self._clock = clock
         self._loaded: list[ServedModel] = []
@@ -134,6 +136,8 @@ class WorkerRuntime:
                     num_accepted_tokens=stats.num_accepted_tokens,
                 )
             )
+        for condition in self.control.conditions():
+            self.metrics.observe_place(condition.id, condition.state, held_bytes=condition.held_bytes)
         self.metrics.observe_shared_weights(PROCESS_TENSORS.saved_bytes)
         return self.metrics.render()
 
@@ -142,7 +146,8 @@ class WorkerRuntime:
         opened_models = open_models(self.config, on_demand=True)
         assert opened_models.keeper is not None
         await stack.enter_async_context(opened_models.keeper.running())
-        opened_models.keeper.on_move = self._note_move
+        self._watch_keeper(opened_models.keeper)
+        self.metrics.know_models(each_name for opened in opened_models.models for each_name in opened.all_names)
         started: dict[str, ServedModel] = {}
         for opened in sorted(opened_models.models, key=lambda each: set(each.names).isdisjoint(self.config.pinned)):
             started[opened.names[0]] = await opened.start(self.config)
@@ -153,26 +158,26 @@ class WorkerRuntime:
             for base in (started[opened.names[0]],)
             for each in (base, *opened.adapted(base))
         )
-        self.control = ModelControl(
-            opened_models.keeper, self.models, worker_id=self.worker_id, address=self.config.address
+        adapters = AdapterControl(
+            opened_models.keeper,
+            self.models,
+            opened_models.models,
+            folder=self.config.adapter_dir,
+            on_change=self._note_names,
         )
-        self.metrics = WorkerMetrics(name for name, _ in self.models)
+        await stack.enter_async_context(adapters.running())
+        self.control = ModelControl(
+            opened_models.keeper, self.models, adapters, worker_id=self.worker_id, address=self.config.address
+        )
         self.health = EngineHealth(self._loaded, self._clock, hang_after_s=self.config.hang_after_s)
 
+    def _watch_keeper(self, keeper: ModelKeeper) -> None:
+        keeper.on_move = self._note_move
+        keeper.on_load = self.metrics.observe_load
+        keeper.on_leave = self.metrics.observe_unload
+
     def _make_connection(self, controller_address: str) -> ControlConnection:
-        hello = Hello(
-            worker_id=self.worker_id,
-            address=self.config.address,
-            models=tuple(
-                ModelEntry(
-                    name=name,
-                    max_context=model.max_context,
-                    created=model.created,
-                    alias_of="" if name == model.names[0] else model.names[0],
-                )
-                for name, model in self.models
-            ),
-        )
+        hello = Hello(worker_id=self.worker_id, address=self.config.address, models=self._model_entries())
         return ControlConnection(
             controller_address=controller_address,
             token=self.config.cluster_token,
@@ -180,8 +185,24 @@ class WorkerRuntime:
             get_load=self._load,
         )
 
+    def _model_entries(self) -> tuple[ModelEntry, ...]:
+        return tuple(
+            ModelEntry(
+                name=name,
+                max_context=model.max_context,
+                created=model.created,
+                alias_of="" if name == model.names[0] else model.names[0],
+            )
+            for name, model in self.models
+        )
+
     def _load(self) -> Load:
         return self.health.load().model_copy(update={"states": self.control.states()})
+
+    def _note_names(self) -> None:
+        self.metrics.know_models(name for name, _ in self.models)
+        if self._connection is not None:
+            self._connection.announce(self._model_entries())
 
     def _note_move(self) -> None:
         if self._connection is not None:

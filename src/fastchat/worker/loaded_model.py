@@ -19,17 +19,19 @@ from fastchat.engine.turns import Turns
 from fastchat.errors import ConfigError
 from fastchat.models.chat_template import load_chat_format
 from fastchat.models.checkpoint import Checkpoint
-from fastchat.models.interface import ChatFormat, SamplingDefaults, Tokenizer
+from fastchat.models.interface import ChatFormat, SamplingDefaults
 from fastchat.models.sampling_defaults import load_sampling_defaults
+from fastchat.models.stored_form import FLOAT_BYTES
 from fastchat.models.tokenizer import TemplateTokenizer, load_tokenizer
 from fastchat.worker.config import EngineSpec, WorkerConfig
 from fastchat.worker.engine_factory import EnginePlan, make_engine
 from fastchat.worker.engine_process import engine_command
 from fastchat.worker.memory_plan import ModelShare
 from fastchat.worker.memory_remedy import plan_or_refuse
-from fastchat.worker.model_groups import AdapterGroup, ModelGroup, adapter_sources, group_models, planned_group
+from fastchat.worker.model_groups import AdapterGroup, ModelGroup, group_models, planned_group
 from fastchat.worker.model_keeper import ModelKeeper
 from fastchat.worker.on_demand_engine import OnDemandEngine, make_keeper, promised_limits
+from fastchat.worker.present_adapters import HeldAdapter, PresentAdapters
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -50,10 +52,18 @@ class OpenedModel:
     names: tuple[str, ...]
     adapters: tuple[OpenedAdapter, ...]
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
+    tokenizer: TemplateTokenizer
     chat_format: ChatFormat
     sampling_defaults: SamplingDefaults
     engine: EngineClient
+    present: PresentAdapters
+    value_bytes: int
+    """Of each number of an adapter in memory."""
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Its own, then those of the adapters that are there from the start."""
+        return (*self.names, *(name for adapter in self.adapters for name in adapter.names))
 
     async def start(self, config: WorkerConfig) -> ServedModel:
         """Load the weights and serve. Raises `CheckpointError`, `ConfigError` or `EngineError`."""
@@ -88,19 +98,26 @@ class OpenedModel:
         return [base, *self.adapted(base)][-1]
 
     def adapted(self, base: ServedModel) -> list[ServedModel]:
-        """The adapters, served by the engine of `base`, which `start` gave."""
+        """The adapters that are there from the start, served by the engine of `base`, which `start` gave."""
+        return [self.served_adapter(base, each, key=each.names[0]) for each in self.adapters]
+
+    def served_adapter(self, base: ServedModel, adapter: OpenedAdapter, *, key: str) -> ServedModel:
+        """One adapter, served by the engine of `base`, which knows it as `key`."""
         limits = base.engine.limits
-        return [
-            replace(
-                base,
-                names=each.names,
-                chat_format=each.chat_format,
-                adapter=each.names[0],
-                base_name=self.names[0],
-                max_context=min(base.max_context, limits.num_blocks * limits.block_size - each.num_prefix_slots),
-            )
-            for each in self.adapters
-        ]
+        return replace(
+            base,
+            names=adapter.names,
+            chat_format=adapter.chat_format,
+            adapter=key,
+            base_name=self.names[0],
+            created=int(time.time()),
+            max_context=min(base.max_context, limits.num_blocks * limits.block_size - adapter.num_prefix_slots),
+        )
+
+    def open_adapter(self, adapter: AdapterGroup) -> OpenedAdapter:
+        """The text side of an adapter of this model. Raises `CheckpointError`."""
+        chat_format = _adapters_format(adapter, self.checkpoint, self.tokenizer, self.chat_format)
+        return OpenedAdapter(adapter.names, chat_format, adapter.folder.num_slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,41 +136,51 @@ def open_models(config: WorkerConfig, *, on_demand: bool = False) -> OpenedModel
     groups = group_models(config.models)
     plan = plan_or_refuse([planned_group(group) for group in groups], config.engine)
     turns: defaultdict[str, Turns] = defaultdict(Turns)  # by device
+    presents = [_present_adapters(group, share) for share, group in zip(plan.shares, groups, strict=True)]
     makers = [
-        partial(_make_client, config.engine, EnginePlan.of(share, adapter_sources(group)), turns[share.needs.device])
-        for share, group in zip(plan.shares, groups, strict=True)
+        partial(_make_client, config.engine, share, present, turns[share.needs.device])
+        for share, present in zip(plan.shares, presents, strict=True)
     ]
     keeper = None
     if on_demand:
         pinned = _first_names(config.pinned, [group.all_names for group in groups])
         keeper = make_keeper(plan, makers, idle_timeout_s=config.idle_timeout_s, pinned=pinned)
     opened = []
-    for group, share, make in zip(groups, plan.shares, makers, strict=True):
+    for group, share, present, make in zip(groups, plan.shares, presents, makers, strict=True):
         _log_share(share)
-        engine = make() if keeper is None else OnDemandEngine(group.names[0], keeper, promised_limits(share))
-        opened.append(_open_model(group, engine))
+        engine = make() if keeper is None else OnDemandEngine(group.names[0], keeper, promised_limits(share), present)
+        opened.append(_open_model(group, engine, present, FLOAT_BYTES[share.needs.dtype]))
     return OpenedModels(tuple(opened), keeper)
 
 
-def _open_model(group: ModelGroup, engine: EngineClient) -> OpenedModel:
+def _present_adapters(group: ModelGroup, share: ModelShare) -> PresentAdapters:
+    """Those that are there from the start; an engine calls them by their names."""
+    value_bytes = FLOAT_BYTES[share.needs.dtype]
+    return PresentAdapters(
+        HeldAdapter(each.names[0], str(each.folder.path), each.folder.num_values * value_bytes)
+        for each in group.adapters
+    )
+
+
+def _open_model(group: ModelGroup, engine: EngineClient, present: PresentAdapters, value_bytes: int) -> OpenedModel:
     checkpoint = group.checkpoint
     tokenizer = load_tokenizer(checkpoint)
     chat_format = load_chat_format(checkpoint, tokenizer, group.conv_template)
-    adapters = tuple(
-        OpenedAdapter(each.names, _adapters_format(each, checkpoint, tokenizer, chat_format), each.folder.num_slots)
-        for each in group.adapters
-    )
-    for names, own in ((group.names, chat_format), *((each.names, each.chat_format) for each in adapters)):
-        _log.info("prompt format", model=",".join(names), format=own.name, source=own.source)
-    return OpenedModel(
+    opened = OpenedModel(
         names=group.names,
-        adapters=adapters,
+        adapters=(),
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         chat_format=chat_format,
         sampling_defaults=load_sampling_defaults(checkpoint),
         engine=engine,
+        present=present,
+        value_bytes=value_bytes,
     )
+    opened = replace(opened, adapters=tuple(opened.open_adapter(each) for each in group.adapters))
+    for names, own in ((group.names, chat_format), *((each.names, each.chat_format) for each in opened.adapters)):
+        _log.info("prompt format", model=",".join(names), format=own.name, source=own.source)
+    return opened
 
 
 def _adapters_format(
@@ -183,7 +210,10 @@ def _log_share(share: ModelShare) -> None:
     )
 
 
-def _make_client(engine: EngineSpec, plan: EnginePlan, turns: Turns) -> EngineClient:
+def _make_client(engine: EngineSpec, share: ModelShare, present: PresentAdapters, turns: Turns) -> EngineClient:
+    """An engine with the adapters that there are now."""
+    plan = EnginePlan.of(share, present.sources, may_miss_adapters=present.were_loaded)
+    present.were_loaded = True
     if engine.has_engine_process(plan.device):
         return ProcessEngineClient(engine_command(plan))
     client = ThreadEngineClient(lambda: make_engine(plan, tell), name=Path(plan.path).name, turns=turns)

@@ -1,4 +1,4 @@
-"""What operators see and do of a worker's models: their states, and load, unload, sleep, wake, pin, unpin."""
+"""What operators see and do of a worker's models: their states, load, unload, sleep, wake, pin, unpin, and adapters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import structlog
 
 from fastchat.api.served_model import ServedModels
 from fastchat.cluster.contract import ModelAction, ModelState
+from fastchat.worker.adapter_control import AdapterControl
 from fastchat.worker.model_keeper import ModelKeeper
 from fastchat.worker.residency import Place, Resident
 
@@ -26,6 +27,7 @@ class ModelCondition:
 
     id: str
     aliases: tuple[str, ...]
+    adapters: tuple[str, ...]
     worker: str
     state: ModelState
     pinned: bool
@@ -50,9 +52,12 @@ class WorkerCondition:
 class ModelControl:
     """Over the models that one keeper brings and frees."""
 
-    def __init__(self, keeper: ModelKeeper, models: ServedModels, *, worker_id: str, address: str) -> None:
+    def __init__(
+        self, keeper: ModelKeeper, models: ServedModels, adapters: AdapterControl, *, worker_id: str, address: str
+    ) -> None:
         self._keeper = keeper
         self._models = models
+        self._adapters = adapters
         self._worker_id = worker_id
         self._address = address
 
@@ -90,10 +95,19 @@ class ModelControl:
                 self._keeper.changed()
         return self._condition(self._keeper.residency.find(key))
 
+    async def add_adapter(self, base: str, name: str, path: str) -> ModelCondition:
+        """The base with the adapter. Raises as `AdapterControl.add`."""
+        return self._condition(self._keeper.residency.find(await self._adapters.add(base, name, path)))
+
+    async def remove_adapter(self, base: str, name: str) -> ModelCondition:
+        """The base without the adapter. Raises as `AdapterControl.remove`."""
+        return self._condition(self._keeper.residency.find(await self._adapters.remove(base, name)))
+
     def _condition(self, resident: Resident) -> ModelCondition:
         return ModelCondition(
             id=resident.key,
             aliases=self._aliases(resident.key),
+            adapters=self._adapters.names_of(resident.key),
             worker=self._worker_id,
             state=_state(resident),
             pinned=resident.is_pinned,

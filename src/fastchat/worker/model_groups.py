@@ -91,11 +91,6 @@ def planned_group(group: ModelGroup) -> PlannedModel:
     return PlannedModel.of(group.checkpoint, group.names[0], [adapter.folder for adapter in group.adapters])
 
 
-def adapter_sources(group: ModelGroup) -> list[tuple[str, str]]:
-    """(name, folder) of each adapter, as an engine takes them."""
-    return [(adapter.names[0], str(adapter.folder.path)) for adapter in group.adapters]
-
-
 def _split(path: Path) -> tuple[Path | None, Path]:
     """`BASE+ADAPTER` in two; a folder whose own name has the mark stays whole."""
     text = str(path)

@@ -19,7 +19,7 @@ import structlog
 from fastchat.engine.client import EngineClient
 from fastchat.engine.events import EngineStats
 from fastchat.errors import EngineError, FastChatError
-from fastchat.worker.residency import Action, Load, Place, Residency, Ticket
+from fastchat.worker.residency import Action, LeaveReason, Load, Place, Residency, Ticket
 
 _TOTALS = (
     "num_steps",
@@ -38,13 +38,16 @@ _log = structlog.stdlib.get_logger(__name__)
 class ModelKeeper:
     """`make_engine` of a key makes an engine that has not been started; a new one for every load.
 
-    `on_move` is called whenever a model has gone from one place to another.
+    `on_move` is called whenever a model has gone from one place to another, `on_load` when a load has ended, with the
+    seconds that it took or None for a failed one, `on_leave` with the reason when a model's memory is free.
     """
 
     def __init__(self, residency: Residency, make_engine: Mapping[str, Callable[[], EngineClient]]) -> None:
         self.residency = residency
         self._make_engine = make_engine
         self.on_move: Callable[[], None] = lambda: None
+        self.on_load: Callable[[str, float | None], None] = lambda _key, _seconds: None
+        self.on_leave: Callable[[str, LeaveReason], None] = lambda _key, _reason: None
         self._engines: dict[str, EngineClient] = {}
         self._loading: dict[str, EngineClient] = {}
         self._places = {resident.key: resident.place for resident in residency}
@@ -89,9 +92,9 @@ class ModelKeeper:
         engine = self._engines.get(key)
         return add_totals(engine.stats if engine is not None else EngineStats(), self._past[key])
 
-    def take(self, key: str) -> Ticket:
-        """A ticket for a model, granted or not; give it back in any case. Raises as `Residency.take`."""
-        ticket = self.residency.take(key)
+    def take(self, key: str, *, more_bytes: int = 0) -> Ticket:
+        """A ticket for a model, granted or not; give it back in any case. As `Residency.take`."""
+        ticket = self.residency.take(key, more_bytes=more_bytes)
         if not ticket.is_granted:
             self._has_changed.set()
         return ticket
@@ -142,8 +145,13 @@ class ModelKeeper:
         while resident.is_sent_away and resident.num_granted == 0 and resident.place is not Place.LOADING:
             await self._has_looked.wait()
 
+    async def not_loading(self, key: str) -> None:
+        """Wait until a load that is under way has ended, one way or the other."""
+        while self.residency.find(key).place is Place.LOADING:
+            await self._has_looked.wait()
+
     def changed(self) -> None:
-        """To be called after `residency` was told something by others (pin, unpin, unload)."""
+        """To be called after `residency` was told something by others (pin, unpin, unload, shrink)."""
         self._has_changed.set()
 
     async def _watch(self) -> None:
@@ -181,7 +189,8 @@ class ModelKeeper:
             await engine.close()
             self._past[action.key] = add_totals(self._past[action.key], engine.stats)
             self.residency.unloaded(action.key)
-            _log.info("model asleep", model=action.key)
+            _log.info("model asleep", model=action.key, reason=action.reason)
+            self.on_leave(action.key, action.reason)
         self._has_changed.set()
 
     async def _load(self, key: str) -> None:
@@ -198,13 +207,16 @@ class ModelKeeper:
         if failure is None:
             self._engines[key] = engine
             self.residency.loaded(key)
-            _log.info("model awake", model=key, seconds=round(time.monotonic() - began_at, 1))
+            seconds = time.monotonic() - began_at
+            _log.info("model awake", model=key, seconds=round(seconds, 1))
+            self.on_load(key, seconds)
             return
         await engine.close()
         del engine
         # What was read before it failed is held by the failure's traceback and in circles, and its room is wanted.
         await asyncio.to_thread(gc.collect)
         self.residency.load_failed(key, failure)
+        self.on_load(key, None)
 
     @staticmethod
     async def _started(key: str, engine: EngineClient) -> FastChatError | None:

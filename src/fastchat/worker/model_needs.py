@@ -91,6 +91,8 @@ class ModelNeeds:
     max_batch_tokens: int
     max_running: int
     wanted_cache_bytes: int | None
+    adapter_reserve_bytes: int = 0
+    """For adapters that come later."""
 
     @classmethod
     def of(cls, model: PlannedModel, engine: EngineSpec, device: ChosenDevice) -> ModelNeeds:
@@ -110,6 +112,7 @@ class ModelNeeds:
             max_batch_tokens=engine.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS,
             max_running=engine.max_running or DEFAULT_MAX_RUNNING,
             wanted_cache_bytes=engine.kv_cache_bytes,
+            adapter_reserve_bytes=engine.adapter_reserve_bytes,
         )
         if engine.kv_cache_bytes is not None and engine.kv_cache_bytes < needs.block_bytes:
             raise ConfigError(
@@ -120,8 +123,9 @@ class ModelNeeds:
 
     @property
     def lasting_bytes(self) -> int:
-        """What is there from loading on, whether or not anything is computed."""
-        return sum(self.weight_bytes.values()) + self.adapter_bytes + self.model.text_bytes
+        """What is there from loading on, whether or not anything is computed, and what is kept free for adapters."""
+        held_bytes = sum(self.weight_bytes.values()) + self.adapter_bytes + self.model.text_bytes
+        return held_bytes + self.adapter_reserve_bytes
 
     @property
     def adapter_bytes(self) -> int:

@@ -17,15 +17,19 @@ from fastchat.engine.events import EngineStats, SequenceRequest
 from fastchat.errors import ConfigError, FastChatError, UnavailableError
 from fastchat.worker.memory_plan import MemoryPlan, ModelShare
 from fastchat.worker.model_keeper import ModelKeeper
+from fastchat.worker.present_adapters import PresentAdapters
 from fastchat.worker.residency import Place, Residency, Ticket
 
 
 class OnDemandEngine(EngineClient):
     """The engine of one model of a `ModelKeeper`. `limits` are those that its plan promises."""
 
-    def __init__(self, key: str, keeper: ModelKeeper, limits: EngineLimits) -> None:
+    def __init__(
+        self, key: str, keeper: ModelKeeper, limits: EngineLimits, adapters: PresentAdapters | None = None
+    ) -> None:
         super().__init__()
         self.limits = limits
+        self._adapters = adapters or PresentAdapters()
         self._key = key
         self._keeper = keeper
         self._num_waiting = 0
@@ -44,6 +48,12 @@ class OnDemandEngine(EngineClient):
     async def open(self, request: SequenceRequest) -> AsyncIterator[SequenceStream]:
         """As `EngineClient.open`; the model stays in memory as long as the block lasts."""
         self._check(request)
+        with self._adapters.used(request.adapter):
+            async with self._opened(request) as stream:
+                yield stream
+
+    @asynccontextmanager
+    async def _opened(self, request: SequenceRequest) -> AsyncIterator[SequenceStream]:
         ticket = self._keeper.take(self._key)
         stream = SequenceStream()
         waiting: asyncio.Task[None] | None = None
@@ -121,7 +131,7 @@ def make_keeper(
     """
     residency = Residency(plan.budget.num_bytes - plan.process_bytes, time.monotonic, idle_timeout_s)
     for share in plan.shares:
-        residency.add(share.needs.model.name, share.total_bytes)
+        residency.add(share.needs.model.name, share.total_bytes - share.needs.adapter_reserve_bytes)
     keys = [share.needs.model.name for share in plan.shares]
     try:
         for key in pinned:

@@ -11,19 +11,26 @@ models leave, the least recently used first. A model that is busy without a paus
 in line has waited `patience_s`; what runs on it ends in peace, then it leaves. So nobody waits for ever, and two models
 that do not fit together take turns instead of chasing each other out.
 
+A model may grow while it is awake, by an adapter: a ticket with `more_bytes` stands in the same line, is given the
+room by the same rules, and is granted when the model has grown.
+
 What never leaves: a model that is pinned, that somebody uses, that is being loaded, or that was loaded for somebody
 who has not had it yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from fastchat.errors import ConflictError, FastChatError, ModelNotFoundError, UnavailableError
 
 PATIENCE_S = 5.0
+
+LeaveReason = Literal["evicted", "idle", "operator"]
+"""Its memory was wanted, nobody had used it for too long, or an operator sent it away."""
 
 
 class Place(Enum):
@@ -44,9 +51,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """To be done now: free what the model holds, then call `unloaded`."""
+    """To be done now: free what the model holds, then call `unloaded`. `reason` is why it leaves."""
 
     key: str
+    reason: LeaveReason = field(default="evicted", compare=False)
 
 
 Action = Load | Unload
@@ -54,10 +62,14 @@ Action = Load | Unload
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request's claim on a model. `failure` is why it will never be granted."""
+    """One request's claim on a model. `failure` is why it will never be granted.
+
+    With `more_bytes` it is granted once the model has grown by so many.
+    """
 
     key: str
     taken_at: float
+    more_bytes: int = 0
     is_granted: bool = False
     failure: FastChatError | None = None
 
@@ -140,25 +152,31 @@ class Residency:
         """How many tickets wait for a model."""
         return sum(ticket.key == key for ticket in self._line)
 
-    def take(self, key: str) -> Ticket:
-        """A ticket for a model; already granted where the model is awake and open.
+    def take(self, key: str, *, more_bytes: int = 0) -> Ticket:
+        """A ticket for a model; already granted where the model is awake and open and need not grow.
 
         Raises `ModelNotFoundError`, or `UnavailableError` when the model can never fit beside what is pinned.
         """
         resident = self.find(key)
-        self.check_can_fit(key)
-        ticket = Ticket(key, self.clock())
-        if resident.is_open:
+        self.check_can_fit(key, more_bytes=more_bytes)
+        ticket = Ticket(key, self.clock(), more_bytes)
+        if resident.is_open and not more_bytes:
             self._grant(ticket)
         else:
             self._line.append(ticket)
         return ticket
 
-    def check_can_fit(self, key: str) -> None:
+    def check_can_fit(self, key: str, *, more_bytes: int = 0) -> None:
         """Raise `UnavailableError` for a model that has no room beside what is pinned."""
         resident = self.find(key)
-        if self._cannot_fit(resident):
-            raise self._never_fits(resident)
+        if self._cannot_fit(resident, more_bytes):
+            raise self._never_fits(resident, more_bytes)
+
+    def shrink(self, key: str, num_bytes: int) -> None:
+        """A model has given back a part of what it takes, or did not take what it was granted."""
+        resident = self.find(key)
+        resident.num_bytes -= num_bytes
+        assert resident.num_bytes >= 0, f"{key} gave back more than it had"
 
     def give_back(self, ticket: Ticket) -> None:
         """The request has ended, or waits no more."""
@@ -185,8 +203,7 @@ class Residency:
         resident = self.find(key)
         self.check_can_fit(key)
         resident.is_pinned, resident.is_sent_away = True, False
-        for ticket in [ticket for ticket in self._line if self._cannot_fit(self.find(ticket.key))]:
-            self._fail(ticket, self._never_fits(self.find(ticket.key)))
+        self._fail_hopeless()
 
     def unpin(self, key: str) -> None:
         """Let a model leave again when its memory is wanted."""
@@ -218,7 +235,9 @@ class Residency:
         """What is to be done now; the models' places already say so."""
         for resident in self:
             resident.makes_room = False  # decided anew: whoever waited for its memory may have left the line
-        actions: list[Action] = [self._send_away(resident) for resident in self if self._should_leave(resident)]
+        actions: list[Action] = [
+            self._send_away(resident, reason) for resident in self if (reason := self._reason_to_leave(resident))
+        ]
         actions += self._serve_line()
         for resident in self:
             if resident.is_open:
@@ -235,30 +254,37 @@ class Residency:
     def _serve_line(self) -> list[Action]:
         """Load what is wanted, strictly in line: nobody takes the room that is made for somebody before."""
         actions: list[Action] = []
-        for resident in self._wanted():
+        for ticket in self._waiting_for_memory():
+            resident = self._residents[ticket.key]
             if resident.place is Place.LEAVING:
                 break  # its bytes must be free before they are taken again
-            missing = self.used_bytes + resident.num_bytes - self.budget_bytes
-            if missing <= 0:
+            wanted_bytes = ticket.more_bytes if resident.place is Place.AWAKE else resident.num_bytes
+            missing = self.used_bytes + wanted_bytes - self.budget_bytes
+            if missing > 0:
+                actions += self._make_room(ticket, missing)
+                break
+            if resident.place is Place.AWAKE:
+                self._grow(resident, ticket)
+            else:
                 resident.place = Place.LOADING
                 actions.append(Load(resident.key))
-                continue
-            actions += self._make_room(resident, missing)
-            break
         return actions
 
-    def _wanted(self) -> Iterable[Resident]:
-        """The models that somebody waits for and that are not on their way, in the order of the line."""
-        keys = dict.fromkeys(ticket.key for ticket in self._line)
-        residents = (self._residents[key] for key in keys)
-        return [resident for resident in residents if resident.place in (Place.ASLEEP, Place.LEAVING)]
+    def _waiting_for_memory(self) -> Iterator[Ticket]:
+        """Tickets whose model is neither there nor on its way, or must grow; in the order of the line."""
+        for ticket in tuple(self._line):
+            resident = self._residents[ticket.key]
+            is_there = resident.place is Place.LOADING or (resident.place is Place.AWAKE and not ticket.more_bytes)
+            # One that is to leave grows when it has come back.
+            if not (ticket.is_settled or is_there or (resident.place is Place.AWAKE and not resident.is_open)):
+                yield ticket
 
-    def _make_room(self, wanted: Resident, missing: int) -> list[Action]:
-        """Send idle models away, and close busy ones once the first who waits has waited long enough."""
+    def _make_room(self, wanting: Ticket, missing: int) -> list[Action]:
+        """Send idle models away, and close busy ones once the one who waits has waited long enough."""
         missing -= sum(resident.num_bytes for resident in self if resident.place is Place.LEAVING)
-        candidates = [resident for resident in self if resident.place is Place.AWAKE and not resident.is_pinned]
-        waits_since = next(ticket.taken_at for ticket in self._line if ticket.key == wanted.key)
-        is_out_of_patience = self.clock() - waits_since >= self.patience_s
+        others = (resident for resident in self if resident.key != wanting.key)
+        candidates = [resident for resident in others if resident.place is Place.AWAKE and not resident.is_pinned]
+        is_out_of_patience = self.clock() - wanting.taken_at >= self.patience_s
         actions: list[Action] = []
         # Those that can leave at once come first, then the least recently used.
         for resident in sorted(candidates, key=lambda each: (each.num_granted > 0, each.last_used_at)):
@@ -266,21 +292,31 @@ class Residency:
                 break
             missing -= resident.num_bytes
             if resident.can_leave:
-                actions.append(self._send_away(resident))
+                actions.append(self._send_away(resident, "evicted"))
             elif is_out_of_patience:
                 resident.makes_room = True
         return actions
 
-    def _should_leave(self, resident: Resident) -> bool:
+    def _reason_to_leave(self, resident: Resident) -> LeaveReason | None:
+        """Why it should leave whether or not its memory is wanted; None: it should not."""
         if not resident.can_leave:
-            return False
-        idle_s = self.clock() - resident.last_used_at
-        return resident.is_sent_away or (self.idle_timeout_s is not None and idle_s >= self.idle_timeout_s)
+            return None
+        if resident.is_sent_away:
+            return "operator"
+        if self.idle_timeout_s is None or self.num_waiting(resident.key):
+            return None
+        return "idle" if self.clock() - resident.last_used_at >= self.idle_timeout_s else None
 
-    def _send_away(self, resident: Resident) -> Action:
+    def _send_away(self, resident: Resident, reason: LeaveReason) -> Action:
         assert resident.can_leave
         resident.place = Place.LEAVING
-        return Unload(resident.key)
+        return Unload(resident.key, reason)
+
+    def _grow(self, resident: Resident, ticket: Ticket) -> None:
+        resident.num_bytes += ticket.more_bytes
+        self._line.remove(ticket)
+        self._grant(ticket)
+        self._fail_hopeless()
 
     def _grant(self, ticket: Ticket) -> None:
         resident = self._residents[ticket.key]
@@ -290,7 +326,7 @@ class Residency:
         ticket.is_granted = True
 
     def _grant_all(self, resident: Resident) -> None:
-        for ticket in [ticket for ticket in self._line if ticket.key == resident.key]:
+        for ticket in [ticket for ticket in self._line if ticket.key == resident.key and not ticket.more_bytes]:
             self._line.remove(ticket)
             self._grant(ticket)
 
@@ -298,14 +334,24 @@ class Residency:
         self._line.remove(ticket)
         ticket.failure = failure
 
-    def _cannot_fit(self, resident: Resident) -> bool:
-        pinned = sum(each.num_bytes for each in self if each.is_pinned and each is not resident)
-        return pinned + resident.num_bytes > self.budget_bytes
+    def _fail_hopeless(self) -> None:
+        """Tell those who have no room any more beside what is pinned."""
+        for ticket in tuple(self._line):
+            resident = self.find(ticket.key)
+            if self._cannot_fit(resident, ticket.more_bytes):
+                self._fail(ticket, self._never_fits(resident, ticket.more_bytes))
 
-    def _never_fits(self, resident: Resident) -> UnavailableError:
+    def _cannot_fit(self, resident: Resident, more_bytes: int = 0) -> bool:
+        pinned = sum(each.num_bytes for each in self if each.is_pinned and each is not resident)
+        return pinned + resident.num_bytes + more_bytes > self.budget_bytes
+
+    def _never_fits(self, resident: Resident, more_bytes: int) -> UnavailableError:
         gib = 2**30
+        with_adapter = " with the adapter" if more_bytes else ""
+        needed_bytes = resident.num_bytes + more_bytes
         return UnavailableError(
-            f"{resident.key} needs {resident.num_bytes / gib:.1f} GiB and does not fit into this worker's "
-            f"{self.budget_bytes / gib:.1f} GiB beside what is pinned; unpin a model or give the worker more memory.",
+            f"{resident.key}{with_adapter} needs {needed_bytes / gib:.2f} GiB and does not fit into this worker's "
+            f"{self.budget_bytes / gib:.2f} GiB beside what is pinned; unpin a model or give the worker "
+            f"more {'--adapter-memory' if more_bytes else 'memory'}.",
             code="model_does_not_fit",
         )

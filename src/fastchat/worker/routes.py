@@ -16,15 +16,17 @@ from fastchat.api.completions import prepare_completion
 from fastchat.api.embeddings import prepare_embeddings
 from fastchat.api.http_edge import EventStreamResponse, read_json_object, request_id_of, run_until_disconnect
 from fastchat.api.model_cards import model_card, model_list
-from fastchat.api.parameters import Ignored
+from fastchat.api.parameters import Ignored, validate
+from fastchat.api.protocol import AdapterRequest
 from fastchat.api.request_context import RequestContext
 from fastchat.api.tokenization import detokenize, tokenize
-from fastchat.cluster.contract import IGNORED_HEADER, MODEL_ACTIONS, MODEL_CONTROL_PATH, ModelAction
+from fastchat.cluster.contract import ADAPTERS, IGNORED_HEADER, MODEL_ACTIONS, MODEL_CONTROL_PATH, ModelAction
 from fastchat.ops.metrics import METRICS_CONTENT_TYPE
 from fastchat.worker.life_cycle import WorkerRuntime
 from fastchat.worker.model_control import control_document
 
 OPEN_PATHS = ("/livez", "/health")
+_ADAPTERS_PATH = f"{MODEL_CONTROL_PATH}/{{base:path}}/{ADAPTERS}"
 
 
 class AnswerStream(EventStreamResponse):
@@ -58,6 +60,8 @@ class WorkerRoutes:
                 Route(f"{MODEL_CONTROL_PATH}/{{name:path}}/{action}", self._acting(action), methods=["POST"])
                 for action in MODEL_ACTIONS
             ),
+            Route(_ADAPTERS_PATH, self.add_adapter, methods=["POST"]),
+            Route(f"{_ADAPTERS_PATH}/{{name:path}}", self.remove_adapter, methods=["DELETE"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/metrics", self.metrics, methods=["GET"]),
@@ -112,6 +116,21 @@ class WorkerRoutes:
             return _json(orjson.dumps(control_document(control.condition(), [done])))
 
         return act
+
+    async def add_adapter(self, request: Request) -> Response:
+        """POST /api/v1/models/{base}/adapters. Carried out to its end, whether or not the client waits."""
+        self._runtime.check_accepting()
+        body = validate(AdapterRequest, await read_json_object(request))
+        control = self._runtime.control
+        done = await control.add_adapter(request.path_params["base"], body.name, body.path or body.name)
+        return _json(orjson.dumps(control_document(control.condition(), [done])))
+
+    async def remove_adapter(self, request: Request) -> Response:
+        """DELETE /api/v1/models/{base}/adapters/{name}."""
+        self._runtime.check_accepting()
+        control = self._runtime.control
+        done = await control.remove_adapter(request.path_params["base"], request.path_params["name"])
+        return _json(orjson.dumps(control_document(control.condition(), [done])))
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
