@@ -3,6 +3,7 @@
 import asyncio
 import re
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from fastchat.api.embeddings import prepare_embeddings
 from fastchat.api.request_context import RequestContext
 from fastchat.errors import InvalidRequestError
+from fastchat.gateway.resumption import resume_body
 from tests.api.scripted import (
     EMBEDDING_SIZE,
     EOS,
@@ -30,7 +32,7 @@ from tests.api.scripted import (
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 ANSWER_IDS = st.lists(st.sampled_from([*b"abst \n", *PIECES, *"é你🙂".encode()]), min_size=1, max_size=14)
 STOPS = st.lists(st.sampled_from(["stop", "top!", "ab", "b ", "\n", "你", "  "]), max_size=3, unique=True)
-TAG = re.compile(rb": (\d+) (?:(prompt)|(\d+)) ((?:\d+(?:,\d+)*)?)")
+TAG = re.compile(rb": (\d+) (prompt|end|\d+) ((?:\d+(?:,\d+)*)?)")
 
 
 def different_answers(ids):
@@ -48,21 +50,22 @@ def tags(raw_events):
             assert b'"choices":[]' in data or data == b"data: [DONE]"
             continue
         matches = [TAG.fullmatch(line) for line in lines]
-        assert [bool(match[2]) for match in matches] in ([False], [True, False])
+        kinds = [match[2] for match in matches]
+        assert kinds[-1:] == [b"end"] if b'"finish_reason":"' in data else b"end" not in kinds
         for match in matches:
-            choice, ids = int(match[1]), [int(part) for part in match[4].split(b",") if part]
-            if match[2]:
+            choice, ids = int(match[1]), [int(part) for part in match[3].split(b",") if part]
+            if match[2] == b"prompt":
                 assert choice not in prompts
                 assert choice not in emitted
                 prompts[choice] = ids
-            else:
-                assert int(match[3]) == len(emitted.setdefault(choice, []))
+            elif match[2] != b"end":
+                assert int(match[2]) == len(emitted.setdefault(choice, []))
                 emitted[choice] += ids
             assert b'"index":%d' % choice in data
     return prompts, emitted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ANSWER_IDS, STOPS, st.integers(1, 5), st.integers(1, 4), st.booleans(), st.booleans())
 def test_joined_deltas_are_the_whole_answer(ids, stops, group_size, interval, is_chat, strips):
     """Byte for byte, for three choices, with stop strings, cut characters and any grouping of ids."""
@@ -87,7 +90,7 @@ def test_joined_deltas_are_the_whole_answer(ids, stops, group_size, interval, is
     assert sum(map(len, emitted.values())) == full["usage"]["completion_tokens"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ANSWER_IDS, STOPS, st.integers(1, 12), st.booleans())
 def test_text_is_that_of_the_ids_up_to_the_first_stop_string(ids, stops, max_tokens, strips):
     """The whole answer against the rule, written down in the simplest way."""
@@ -124,10 +127,12 @@ def test_stop_string_aborts_its_own_sequence_at_once():
     asyncio.run(run())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(ANSWER_IDS, STOPS, st.integers(1, 4), st.booleans(), st.booleans(), st.data())
 def test_resumed_answer_continues_exactly(ids, stops, group_size, is_chat, strips, data):
-    """Cut behind any event, also within a character or a half-matched stop string: both parts make the whole text."""
+    """Cut behind any event, also within a character or a half-matched stop string: both parts make the whole text,
+    and each choice ends once.
+    """
     document = {**(CHAT if is_chat else {"prompt": "é", "echo": data.draw(st.booleans())}), "n": 2, "max_tokens": 10}
     document |= {"stop": stops, "stream_options": {"include_usage": True}}
 
@@ -137,12 +142,9 @@ def test_resumed_answer_continues_exactly(ids, stops, group_size, is_chat, strip
         models = served(engine, chat_format=chat_format)
         raw = await events(models, document, wants_tags=True)
         cut = data.draw(st.integers(1, len(raw) - 2))
-        prompts, emitted = tags(raw[:cut])
-        resume = {
-            "prompt_token_ids": [prompts.get(choice) for choice in range(2)],
-            "emitted_token_ids": [emitted.get(choice, []) for choice in range(2)],
-        }
-        rest = await events(models, {**document, "resume": resume}, wants_tags=True, is_resume=True)
+        lines = b"".join(line + b"\n" for event in raw[:cut] for line in event.split(b"\n")[:-1])
+        resumed = orjson.loads(resume_body(orjson.dumps(document), lines))
+        rest = await events(models, resumed, wants_tags=True, is_resume=True)
         assert not engine.open_sequences
         return raw, cut, rest
 
@@ -150,14 +152,9 @@ def test_resumed_answer_continues_exactly(ids, stops, group_size, is_chat, strip
     first = joined([*raw[:cut], b"data: [DONE]"])
     both = {choice: first.get(choice, "") + joined(rest).get(choice, "") for choice in range(2)}
     assert both == joined(raw)
-    endings = [c["finish_reason"] for chunk in chunks(rest) for c in chunk["choices"] if c["finish_reason"]]
-    told = [
-        c["finish_reason"]
-        for chunk in chunks([*raw[:cut], b"data: [DONE]"])
-        for c in chunk["choices"]
-        if c["finish_reason"]
-    ]
-    assert len(endings) + len(told) >= 2
+    both = [*raw[:cut], *rest]
+    endings = [c["index"] for chunk in chunks(both) for c in chunk["choices"] if c["finish_reason"]]
+    assert sorted(endings) == [0, 1]
     assert chunks(rest)[-1]["usage"]["completion_tokens"] == chunks(raw)[-1]["usage"]["completion_tokens"]
     roles = [c["index"] for chunk in chunks(rest) for c in chunk["choices"] if c.get("delta", {}).get("role")]
     assert not set(roles) & set(tags(raw[:cut])[0])

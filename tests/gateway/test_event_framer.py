@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastchat.api.streaming import ids_tag, prompt_tag
+from fastchat.api.streaming import end_tag, ids_tag, prompt_tag
 from fastchat.gateway import event_framer
 from fastchat.gateway.event_framer import BrokenStreamError, EventFramer
 
@@ -13,6 +13,7 @@ tags = st.one_of(
     st.just(b""),
     st.builds(ids_tag, st.integers(0, 3), st.integers(0, 99), token_ids),
     st.builds(prompt_tag, st.integers(0, 3), token_ids),
+    st.builds(end_tag, st.integers(0, 3)),
 )
 payloads = st.text("ab世: {}0123,", max_size=12).map(str.encode)
 line_ends = st.sampled_from([b"\n", b"\r\n"])

@@ -222,6 +222,8 @@ def test_a_lost_stream_does_not_begin_again_on_a_server_of_another_kind(cluster,
         assert not other.received
         assert body.count(WORDS[0].encode()) == 1
         assert orjson.loads(data_of(body)[-1])["error"]["code"] == "worker_lost"
+    assert cluster.post(cluster.controller_url, "/refresh_all_workers", {}, headers=token)[0] == 200
+    cluster.wait_for_models(api)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,13 @@ def test_a_resume_form_has_an_entry_for_each_choice(asked, num_choices):
         "emitted_token_ids": [[7, 8, 9], *[[]] * (num_choices - 1)],
     }
     assert asked.items() <= document.items()
+
+
+def test_a_resume_form_tells_whose_end_was_sent():
+    tags = b": 1 prompt 5\n: 1 0 7\n: 0 prompt 5\n: 0 0 8\n: 1 1 9\n: 1 end \r\n: 0 1 6\n"
+    resume = orjson.loads(resume_body(b'{"prompt":"a","n":2}', tags))["resume"]
+    assert resume["ended_choices"] == [1]
+    assert resume["emitted_token_ids"] == [[8, 6], [7, 9]]
 
 
 def test_an_unreachable_worker_is_passed_over(cluster, api):

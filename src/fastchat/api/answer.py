@@ -23,7 +23,7 @@ from fastchat.api.request_context import RequestContext
 from fastchat.api.resume import Resume
 from fastchat.api.sampling import AnswerLength, choice_sampling
 from fastchat.api.served_model import SYSTEM_FINGERPRINT, ServedModel
-from fastchat.api.streaming import DONE_EVENT, chunk_event, ids_tag, prompt_tag, waiting_comment
+from fastchat.api.streaming import DONE_EVENT, chunk_event, end_tag, ids_tag, prompt_tag, waiting_comment
 from fastchat.engine.sampling_params import SamplingParams
 
 Json = dict[str, Any]  # Any: JSON has any value
@@ -159,7 +159,8 @@ class Answer:
             events += self._event(choice, self._shape.chunk(choice, text), delta.offset, delta.token_ids)
             offset = delta.offset + len(delta.token_ids)
             delta = replace(delta, offset=offset, token_ids=(), text="", logprobs=(), text_offsets=())
-        return events + self._event(choice, self._shape.chunk(choice, delta), delta.offset, delta.token_ids)
+        chunk, is_end = self._shape.chunk(choice, delta), delta.ending is not None
+        return events + self._event(choice, chunk, delta.offset, delta.token_ids, is_end=is_end)
 
     def _opening(self, choice: Choice) -> bytes:
         if choice.plan.index not in self._unopened:
@@ -167,7 +168,9 @@ class Answer:
         chunk = self._shape.opening(choice)
         return b"" if chunk is None else self._event(choice, chunk, 0, ())
 
-    def _event(self, choice: Choice, chunk: Json, offset: int, token_ids: Sequence[int]) -> bytes:
+    def _event(
+        self, choice: Choice, chunk: Json, offset: int, token_ids: Sequence[int], *, is_end: bool = False
+    ) -> bytes:
         body = {**self._common(self._shape.chunk_kind), "choices": [chunk]}
         if self._head.includes_usage:
             body["usage"] = None
@@ -176,6 +179,8 @@ class Answer:
             if choice.plan.index in self._unopened:
                 tags = prompt_tag(choice.plan.index, choice.plan.prompt_token_ids)
             tags += ids_tag(choice.plan.index, offset, token_ids)
+            if is_end:
+                tags += end_tag(choice.plan.index)
         self._unopened.discard(choice.plan.index)
         return chunk_event(body, tags)
 
@@ -224,6 +229,7 @@ def plan_choices(
                     sampling=choice_sampling(base, max_tokens=max_tokens, choice=choice),
                     emitted_token_ids=resumed.emitted_token_ids if resumed else (),
                     is_begun=resumed is not None,
+                    is_end_told=resumed is not None and resumed.is_end_told,
                 )
             )
     return plans

@@ -35,13 +35,17 @@ class TextRules:
 
 @dataclass(frozen=True, slots=True)
 class ChoicePlan:
-    """What to compute for one choice; `emitted_token_ids` its client has got, and any event at all if `is_begun`."""
+    """What to compute for one choice.
+
+    Its client has got `emitted_token_ids`, any event at all if `is_begun`, and the last one if `is_end_told`.
+    """
 
     index: int
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     emitted_token_ids: tuple[int, ...] = ()
     is_begun: bool = False
+    is_end_told: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class Choice:
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._text_offsets: list[int] = []
-        self._was_ending_told = False
+        self._was_ending_told = plan.is_end_told
         for token_id in plan.emitted_token_ids:
             if self.ending is None:
                 self._take(token_id)

@@ -239,9 +239,13 @@ class AdapterRequest(BaseModel):
 
 
 class ResumeState(BaseModel):
-    """The `resume` field of our API server, one entry for each choice; null prompt ids: nothing was sent of it."""
+    """The `resume` field of our API server, one entry for each choice; null prompt ids: nothing was sent of it.
+
+    `ended_choices` are the indices of those whose end was sent.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt_token_ids: tuple[tuple[Count, ...] | None, ...]
     emitted_token_ids: tuple[tuple[Count, ...], ...]
+    ended_choices: tuple[Count, ...] = ()

@@ -24,6 +24,7 @@ class ResumedChoice:
 
     prompt_token_ids: tuple[int, ...]
     emitted_token_ids: tuple[int, ...]
+    is_end_told: bool
 
 
 class Resume:
@@ -57,4 +58,6 @@ class Resume:
         prompt_token_ids = self._state.prompt_token_ids[index] if self._state else None
         if self._state is None or prompt_token_ids is None:
             return None
-        return ResumedChoice(prompt_token_ids, self._state.emitted_token_ids[index])
+        return ResumedChoice(
+            prompt_token_ids, self._state.emitted_token_ids[index], is_end_told=index in self._state.ended_choices
+        )

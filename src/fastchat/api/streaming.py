@@ -3,9 +3,10 @@
 A chunk is one event, `data: {json}`. Tags are comment lines in front of the data line of the same event, so an event
 and its tags are never apart. They are written when `TAGS_HEADER` asks for them:
 
-    event      = [prompt-tag LF] [ids-tag LF] "data: " json LF LF
+    event      = [prompt-tag LF] [ids-tag LF] [end-tag LF] "data: " json LF LF
     prompt-tag = ": " choice " prompt " ids            the first event of a choice only; not on a resumed choice
     ids-tag    = ": " choice " " offset " " ids        every event of a choice
+    end-tag    = ": " choice " end "                   the event with the choice's `finish_reason`
     choice     = decimal                               `choices[0].index` of this event
     offset     = decimal                               how many answer ids came in this choice's earlier events
     ids        = "" / decimal *("," decimal)           token ids; may be empty
@@ -44,6 +45,11 @@ def prompt_tag(choice: int, prompt_token_ids: Sequence[int]) -> bytes:
 def ids_tag(choice: int, offset: int, token_ids: Sequence[int]) -> bytes:
     """The tag that tells which answer ids an event brings."""
     return b": %d %d %s\n" % (choice, offset, _comma_separated(token_ids))
+
+
+def end_tag(choice: int) -> bytes:
+    """The tag that tells that an event ends its choice."""
+    return b": %d end \n" % choice
 
 
 def _comma_separated(token_ids: Sequence[int]) -> bytes:

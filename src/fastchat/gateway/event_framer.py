@@ -19,8 +19,8 @@ MAX_TAG_BYTES = 4 * 1024 * 1024
 """Tags beyond this are dropped, and with them the stream's ability to be resumed."""
 _MAX_BLANK_BYTES = 64 * 1024
 
-# The tags of `api/streaming.py`: choice, then `prompt` or the offset, then ids.
-_TAG_LINE = re.compile(rb"^(: \d+ (?:prompt|\d+) [\d,]*\r?\n)", re.MULTILINE)
+# The tags of `api/streaming.py`: choice, then `prompt`, `end` or the offset, then ids.
+_TAG_LINE = re.compile(rb"^(: \d+ (?:prompt|end|\d+) [\d,]*\r?\n)", re.MULTILINE)
 _LAST_LINE = re.compile(rb'data: ?(?:\[DONE\]|\{"error":)')
 
 

@@ -18,17 +18,21 @@ def resume_body(body: bytes, tags: bytes) -> bytes:
     document = orjson.loads(body)
     prompts: dict[int, list[int]] = {}
     emitted: dict[int, list[int]] = {}
+    ended: list[int] = []
     for line in tags.splitlines():
         _, index, kind, ids = line.split(b" ")
         token_ids = [int(each) for each in ids.split(b",") if each]
         if kind == b"prompt":
             prompts[int(index)] = token_ids
+        elif kind == b"end":
+            ended.append(int(index))
         else:
             emitted.setdefault(int(index), []).extend(token_ids)
     choices = range(_num_choices(document))
     document[RESUME_FIELD] = {
         "prompt_token_ids": [prompts.get(choice) for choice in choices],
         "emitted_token_ids": [emitted.get(choice, []) for choice in choices],
+        **({"ended_choices": ended} if ended else {}),  # a worker of the last version does not know it
     }
     return orjson.dumps(document)
 
