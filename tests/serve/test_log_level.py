@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import log_level
 from fastchat.serve.controller import create_controller_parser
 from fastchat.serve.gradio_web_server import create_page_parser
 from fastchat.serve.launch import Ports, create_serve_parser, process_specs
 from fastchat.serve.openai_api_server import create_api_server_parser
+from fastchat.worker.engine_factory import EnginePlan
+from fastchat.worker.engine_process import engine_command
 from tests.processes import run_command, start_command
 from tests.serve.test_launch import WORKER
 
@@ -28,6 +31,21 @@ def test_serve_hands_the_level_on_to_all_that_it_starts(flags):
     specs = process_specs(arguments, (WORKER,), Ports(api=1, controller=2, workers=(3,), web=4))
     for spec in specs:
         assert {"--log-level=debug", "--debug=true"} & set(spec.command()), spec.name
+
+
+def test_an_engine_in_a_process_of_its_own_logs_what_its_worker_logs():
+    configure_logging("worker", level="ERROR")
+    plan = EnginePlan(
+        path="model",
+        device="cpu",
+        dtype="float32",
+        quantization=None,
+        max_context=1,
+        max_batch_tokens=1,
+        max_running=1,
+        kv_cache_bytes=1,
+    )
+    assert engine_command(plan)[-2:] == ["--log-level", "ERROR"]
 
 
 def test_a_level_keeps_what_is_below_it_out_of_the_log(tmp_path):

@@ -6,6 +6,7 @@ It loads the model, serves it on the socket it inherited, and ends when the work
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 
 def engine_command(plan: EnginePlan) -> list[str]:
-    """The command line for `ProcessEngineClient`."""
-    return [sys.executable, "-m", "fastchat.worker.engine_process", "--plan", plan.to_json()]
+    """The command line for `ProcessEngineClient`. The engine logs what the process that asks for it logs."""
+    level = logging.getLevelName(logging.getLogger().level)
+    return [sys.executable, "-m", "fastchat.worker.engine_process", "--plan", plan.to_json(), "--log-level", level]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m fastchat.worker.engine_process", description=__doc__)
     parser.add_argument("--plan", required=True, help="what to load, as JSON")
     parser.add_argument("--engine-fd", required=True, type=int, help="the inherited socket's file descriptor")
+    parser.add_argument("--log-level", required=True, help="the worker's")
     arguments = parser.parse_args(argv)
     # A Ctrl-C reaches the whole group; the worker decides when its engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    configure_logging("engine")
+    configure_logging("engine", level=arguments.log_level)
     with socket.socket(fileno=arguments.engine_fd) as connection:
         threading.Thread(target=_end_with_worker, args=(connection,), name="worker-watch", daemon=True).start()
         # torch takes seconds to import: a worker that dies meanwhile is noticed already.
