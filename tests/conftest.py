@@ -1,5 +1,5 @@
 """For all tests: Ctrl-C means in the processes they start what it means in a terminal; Triton runs without a GPU;
-what a command configures in the process of the tests is undone.
+what a command configures in the process of the tests is undone; no example of hypothesis has a deadline.
 """
 
 import logging
@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import structlog
 
@@ -17,6 +18,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Triton chooses its interpreter when it is imported, and transformers may be what imports it.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# A loaded machine makes any example slow.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

@@ -150,7 +150,7 @@ pair_counts = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pair_counts)
 def test_any_votes_have_finite_scores_in_their_intervals_around_the_mean(rows):
     """Whatever was voted: finite, mean 1000, and who won all of its votes is not below who lost all."""
@@ -161,7 +161,7 @@ def test_any_votes_have_finite_scores_in_their_intervals_around_the_mean(rows):
         assert all(map(math.isfinite, (each.low, each.score, each.high)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pair_counts)
 def test_swapping_sides_mirrors_the_scores(rows):
     """With every win turned into a loss, each score is as far on the other side of 1000."""

@@ -23,7 +23,6 @@ NEVER = {409, 422}
 
 SETTINGS = settings(
     max_examples=MAX_EXAMPLES,
-    deadline=None,
     database=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),

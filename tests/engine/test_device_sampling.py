@@ -35,7 +35,7 @@ def make_sequences(seed):
     ]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), width=st.floats(0.5, 4.0))
 def test_all_rows_at_once_choose_what_each_chooses_on_a_cpu(seed, width):
     """Every option; a row without numbers is told and disturbs none."""

@@ -48,7 +48,7 @@ def plain_distribution(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
     return [weights[token_id] / total if token_id in nucleus else 0.0 for token_id in range(len(weights))]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     logits_seed=st.integers(0, 10_000),
     seed=st.integers(-(2**63), 2**63 - 1),

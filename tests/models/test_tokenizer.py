@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastchat.errors import CheckpointError, InvalidRequestError
@@ -53,7 +53,6 @@ def test_decoding_gives_the_text_back(family: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["chatglm2", "chatglm3", "llama"])
-@settings(deadline=None)  # the first text waits for its tokenizer to be trained
 @given(text=TEXTS | st.sampled_from(SENTENCES) | st.text("啊 \n<|user>im_end", max_size=200))
 def test_no_text_has_fewer_ids_than_the_bound_says(family: str, text: str) -> None:
     """In a plain prompt, and in a rendered one where names of tokens are tokens."""
