@@ -9,7 +9,13 @@ from collections.abc import Iterator
 
 from tests.bad_input.cases import CHAT, COMPLETIONS, EMBEDDINGS, MODEL, TOKENIZE, Case, Row, chat
 
-PATHS = (CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, "/detokenize", f"/v1/engines/{MODEL}/completions")
+ROUNDS = "/api/v1/arena/rounds"
+PATHS = (
+    *(CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, "/detokenize", f"/v1/engines/{MODEL}/completions"),
+    *(ROUNDS, f"{ROUNDS}/round-0123/turns"),
+)
+SMALL_PATHS = (f"{ROUNDS}/round-0123/vote", "/api/v1/feedback")
+"""Their bodies may have 16 KiB."""
 
 
 def head(line: str, *headers: str, end: str = "\r\n") -> bytes:
@@ -34,9 +40,13 @@ def nested(levels: int, opening: str, closing: str) -> bytes:
     return ('{"model": "m", "tools": ' + opening * levels + "1" + closing * levels + "}").encode()
 
 
-def bodies(*pairs: tuple[str, bytes], code: str = "invalid_json") -> tuple[Case, ...]:
-    """Every body to every route that takes one."""
-    return tuple(Case(what, 400, code, body=body, path=path) for what, body in pairs for path in PATHS)
+def bodies(*pairs: tuple[str, bytes]) -> tuple[Case, ...]:
+    """Every body to every route that may take one of its size."""
+    return tuple(
+        Case(what, 400, "invalid_json", body=body, path=path)
+        for what, body in pairs
+        for path in (PATHS if len(body) > 16_000 else PATHS + SMALL_PATHS)
+    )
 
 
 GOOD = json.dumps(chat()).encode()
@@ -85,6 +95,10 @@ P02 = Row(
             400,
             "invalid_json",
             raw=lambda host: [head(f"POST {CHAT} HTTP/1.1", f"Host: {host}", "Content-Length: 9") + GOOD],
+        ),
+        *(
+            Case("17 KB where 16 KiB are enough", 413, "body_too_large", body=b" " * 17_000, path=path)
+            for path in SMALL_PATHS
         ),
         with_length("Content-Length: -1"),
         with_length("Content-Length: 1e3"),
@@ -317,6 +331,13 @@ P11 = Row(
         raw("CONNECT", 400, "invalid_http", "CONNECT evil.example:443 HTTP/1.1", *CLOSE),
         raw("an unknown verb", 400, "invalid_http", f"BREW {CHAT} HTTP/1.1", *CLOSE),
         raw("`__class__` as verb", 400, "invalid_http", f"__class__ {CHAT} HTTP/1.1", *CLOSE),
+        Case(
+            "a body where the URL says everything",
+            400,
+            "unexpected_body",
+            path=f"/api/v1/models/{MODEL}/load",
+            body={"worker": "w1"},
+        ),
         raw("an unknown route", 404, "route_not_found", "GET /v1/nothing HTTP/1.1", *CLOSE),
     ),
 )

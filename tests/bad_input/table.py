@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from tests.bad_input import feature_rows, field_rows, http_rows
 from tests.bad_input.cases import Row
 from tests.processes import ROOT
@@ -17,11 +19,11 @@ def updated(text: str) -> str:
     """The document with its table made anew."""
     before, _, rest = text.partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    return f"{before}{_BEGIN}\n{''.join(map(_section, ROWS))}{_END}{after}"
+    lines = ["| id | about | what holds | requests and their answers |", "|---|---|---|---|", *map(_line, ROWS)]
+    return "\n".join([before + _BEGIN, *lines, _END + after])
 
 
-def _section(row: Row) -> str:
-    lines = dict.fromkeys(f"| {case.what} | {case.answer} |" for case in row.cases)
-    return (
-        f"\n### {row.number}: {row.title}\n\n{row.rule}\n\n| sent | answer |\n|---|---|\n" + "\n".join(lines) + "\n\n"
-    )
+def _line(row: Row) -> str:
+    answers = Counter(case.answer for case in row.cases)
+    counted = ", ".join(f"{number} x {answer}" for answer, number in answers.most_common())
+    return f"| {row.number} | {row.title} | {row.rule} | {counted} |"
