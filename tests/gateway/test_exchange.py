@@ -9,7 +9,7 @@ import pytest
 from fastchat.cluster.contract import Load, TableSnapshot, WorkerEntry
 from fastchat.errors import UnavailableError
 from fastchat.gateway.exchange import Exchanges
-from fastchat.gateway.relay import create_session
+from fastchat.gateway.worker_http import WorkerHttp
 from tests.gateway.canned_worker import CannedWorker
 
 DOUBT_S = 0.3
@@ -31,9 +31,9 @@ async def read_after_change(worker, entry, act, changes, num_reads):
     """What `num_reads` reads gave while the table went through `changes`, one between two reads."""
     exchanges = Exchanges(DOUBT_S)
     body = orjson.dumps({"model": "tiny", "act": act})
-    async with create_session() as session:
+    async with WorkerHttp() as http:
         with exchanges.open(entry) as exchange:
-            await exchange.start(session, "/v1/completions", {}, body)
+            await exchange.start(http, "/v1/completions", {}, body)
             await (await worker.wait_for_request()).began.wait()
             for change in changes:
                 exchanges.heed(change)

@@ -23,8 +23,9 @@ from fastchat.gateway.key_watch import KeyWatch
 from fastchat.gateway.live_table import LiveTable
 from fastchat.gateway.model_control import WorkerLine
 from fastchat.gateway.mounted import MountedRoutes
-from fastchat.gateway.relay import Relay, create_session
+from fastchat.gateway.relay import Relay
 from fastchat.gateway.routes import OPEN_PATHS, ApiRoutes
+from fastchat.gateway.worker_http import WorkerHttp
 from fastchat.ops.keys import ApiKeys
 
 
@@ -42,12 +43,12 @@ def create_api_app(config: ApiServerConfig, mounted: Sequence[MountedRoutes] = (
         async with AsyncExitStack() as running:
             if config.key_store_path is not None:
                 await running.enter_async_context(KeyWatch(keys, config.key_store_path).keep_open())
-            session = await running.enter_async_context(create_session())
+            http = await running.enter_async_context(WorkerHttp())
             await running.enter_async_context(watcher.keep_open())
             await running.enter_async_context(_followed(table, exchanges))
-            routes.control.line = WorkerLine(session, exchanges, config.cluster_token)
+            routes.control.line = WorkerLine(http, exchanges, config.cluster_token)
             routes.relay = Relay(
-                session=session,
+                http=http,
                 table=table,
                 dispatcher=dispatcher,
                 exchanges=exchanges,

@@ -10,19 +10,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
-from io import BytesIO
 from typing import Literal, TypeVar
-
-import aiohttp
 
 from fastchat.cluster.contract import TableSnapshot, WorkerEntry
 from fastchat.errors import UnavailableError
+from fastchat.gateway.worker_connection import Answer
+from fastchat.gateway.worker_http import ConnectError, WorkerHttp
 
 T = TypeVar("T")
 
 DOUBT_S = 5.0
-CONNECT_TIMEOUT_S = 3.0
-LARGE_BODY_BYTES = 512 * 1024
 UNREACHABLE = "worker_unreachable"
 """The code of a failure before the worker had the request."""
 LOST = "worker_lost"
@@ -35,7 +32,7 @@ class Exchange:
     def __init__(self, worker: WorkerEntry, doubt_s: float = DOUBT_S) -> None:
         self.worker = worker
         self._doubt_s = doubt_s
-        self._response: aiohttp.ClientResponse | None = None
+        self._answer: Answer | None = None
         self._is_doubted = False
         self._is_given_up = False
         self._waiter: asyncio.Task[object] | None = None  # who waits for the worker now
@@ -47,32 +44,25 @@ class Exchange:
 
     async def start(
         self,
-        session: aiohttp.ClientSession,
+        http: WorkerHttp,
         path: str,
         headers: Mapping[str, str],
         body: bytes,
         *,
         method: Literal["POST", "DELETE"] = "POST",
-    ) -> aiohttp.ClientResponse:
+    ) -> Answer:
         """Send the request and wait for the answer's head. Raises `UnavailableError`."""
         with _lost_worker_translated():
-            self._response = await self._while_worker_lives(
-                session.request(
-                    method,
-                    f"{self.worker.address}{path}",
-                    # A large body is written piece by piece, so that it does not hold up the other streams.
-                    data=body if len(body) < LARGE_BODY_BYTES else BytesIO(body),
-                    headers=headers,
-                    allow_redirects=False,
-                )
+            self._answer = await self._while_worker_lives(
+                http.ask(self.worker.address, path, headers, body, method=method)
             )
-        return self._response
+        return self._answer
 
     async def read(self) -> bytes:
         """The next bytes of the answer, all that have arrived; b"" at its proper end. Raises `UnavailableError`."""
-        assert self._response is not None
+        assert self._answer is not None
         with _lost_worker_translated():
-            return await self._while_worker_lives(self._response.content.readany())
+            return await self._while_worker_lives(self._answer.read())
 
     def doubt(self) -> None:
         """The table says that the worker is gone or hung: the next byte must come soon."""
@@ -89,8 +79,8 @@ class Exchange:
 
     def close(self) -> None:
         """Close the connection unless the answer was read to its end; the worker then aborts."""
-        if self._response is not None:
-            self._response.close()
+        if self._answer is not None:
+            self._answer.close()
 
     async def _while_worker_lives(self, step: Awaitable[T]) -> T:
         """What `asyncio.timeout` does, at no cost for each step while nobody doubts the worker."""
@@ -163,7 +153,7 @@ def _lost_worker_translated() -> Iterator[None]:
     """Every way in which a connection fails, as one error; which one it was is the error's cause."""
     try:
         yield
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+    except ConnectError as error:
         raise UnavailableError("The worker could not be reached; try again.", code=UNREACHABLE) from error
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+    except OSError as error:  # a TimeoutError is one
         raise UnavailableError("The worker was lost before its answer was complete; try again.", code=LOST) from error

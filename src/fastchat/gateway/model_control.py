@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote
 
-import aiohttp
 import orjson
 import structlog
 from starlette.requests import Request
@@ -44,6 +43,7 @@ from fastchat.gateway.exchange import Exchanges
 from fastchat.gateway.live_table import LiveTable
 from fastchat.gateway.mounted import Endpoint
 from fastchat.gateway.openapi import Operation
+from fastchat.gateway.worker_http import WorkerHttp
 from fastchat.ops.keys import ApiKeys
 
 ASK_LIMIT_S = 3.0
@@ -58,7 +58,7 @@ Json = dict[str, Any]  # Any: JSON has any value
 class WorkerLine:
     """How workers are reached; set by the app's lifespan before the first request."""
 
-    session: aiohttp.ClientSession
+    http: WorkerHttp
     exchanges: Exchanges
     cluster_token: str
 
@@ -177,15 +177,9 @@ class ModelControl:
         """What a worker says of its models; what the table knows of one that says nothing."""
         if not worker.is_external:
             try:
-                async with self.line.session.get(
-                    worker.address + MODEL_CONTROL_PATH,
-                    headers=self._headers(),
-                    timeout=aiohttp.ClientTimeout(total=ASK_LIMIT_S),
-                    allow_redirects=False,
-                ) as response:
-                    if response.status == 200:
-                        return _control_document(await response.read())
-            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                async with asyncio.timeout(ASK_LIMIT_S):
+                    return await self._asked_document(worker)
+            except (OSError, ValueError) as error:  # a TimeoutError is an OSError
                 _log.warning("worker does not tell its models", worker_id=worker.worker_id, cause=repr(error))
         state = "external" if worker.is_external else "unreachable"
         rows = [
@@ -195,11 +189,21 @@ class ModelControl:
         ]
         return {"data": rows, "workers": [{"id": worker.worker_id, "address": worker.address}]}
 
+    async def _asked_document(self, worker: WorkerEntry) -> Json:
+        answer = await self.line.http.ask(worker.address, MODEL_CONTROL_PATH, self._headers(), method="GET")
+        try:
+            body = b""
+            while chunk := await answer.read():
+                body += chunk
+        finally:
+            answer.close()
+        return _control_document(body)
+
     async def _tell(self, worker: WorkerEntry, order: _Order) -> Json:
         """Tell one worker; loading may take minutes. Raises what it answers, `UnavailableError` where it is lost."""
         with self.line.exchanges.open(worker) as exchange:
             path = f"{MODEL_CONTROL_PATH}/{order.path}"
-            response = await exchange.start(self.line.session, path, self._headers(), order.body, method=order.method)
+            response = await exchange.start(self.line.http, path, self._headers(), order.body, method=order.method)
             body = b""
             while chunk := await exchange.read():
                 body += chunk

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
-import aiohttp
 import structlog
 
 from fastchat.cluster.contract import (
@@ -27,14 +26,14 @@ from fastchat.cluster.contract import (
     TENANT_HEADER,
     WorkerEntry,
 )
-from fastchat.cluster.dial_rules import GuardedResolver
 from fastchat.cluster.dispatch import Capability, Dispatcher
 from fastchat.errors import FastChatError, UnavailableError
 from fastchat.gateway.admission import AdmittedRequest
 from fastchat.gateway.answers import BAD_ANSWER, RelayedStream, WholeAnswer, passed_headers, read_whole_answer
-from fastchat.gateway.exchange import CONNECT_TIMEOUT_S, LOST, Exchange, Exchanges
+from fastchat.gateway.exchange import LOST, Exchange, Exchanges
 from fastchat.gateway.live_table import LiveTable
 from fastchat.gateway.resumption import resume_body
+from fastchat.gateway.worker_http import WorkerHttp
 
 MAX_LOST_WORKERS = 2
 
@@ -63,32 +62,20 @@ class _Asked:
     num_lost: int = 0
 
 
-def create_session() -> aiohttp.ClientSession:
-    """The one HTTP client of the process. No proxy variables, no cookies, as many connections as requests."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, resolver=GuardedResolver()),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        trust_env=False,
-        raise_for_status=False,
-    )
-
-
 class Relay:
     """Sends requests to workers. `on_retry` is told of every request that goes to one more worker."""
 
     def __init__(
         self,
         *,
-        session: aiohttp.ClientSession,
+        http: WorkerHttp,
         table: LiveTable,
         dispatcher: Dispatcher,
         exchanges: Exchanges,
         cluster_token: str,
         on_retry: Callable[[], None],
     ) -> None:
-        self._session = session
+        self._http = http
         self._table = table
         self._dispatcher = dispatcher
         self._exchanges = exchanges
@@ -160,7 +147,7 @@ class Relay:
     ) -> WholeAnswer | RelayedStream:
         exchange: Exchange = resources.enter_context(self._exchanges.open(worker))
         request, request_id = asked.request, asked.sender.request_id
-        response = await exchange.start(self._session, request.path, self._headers(worker, asked), request.body)
+        response = await exchange.start(self._http, request.path, self._headers(worker, asked), request.body)
         if response.status != 200 or response.content_type != "text/event-stream":
             return await read_whole_answer(exchange, response.status, response.headers, request_id)
         stream = RelayedStream(exchange, request_id, passed_headers(response.headers))
