@@ -7,6 +7,8 @@ OPENAI_BASE_URL=http://localhost:8000/v1 OPENAI_API_KEY=EMPTY python examples/op
 import asyncio
 import math
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import openai
 
@@ -82,14 +84,27 @@ async def ask_asynchronously() -> None:
             return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
         assert await asyncio.gather(*(read_stream() for _ in range(4))) == [whole] * 4
-        helper = getattr(asynchronous.chat.completions, "stream", None)  # openai 1.x has it under `beta`
-        if helper is not None:
-            async with helper(messages=messages, **greedy) as stream:
-                deltas = [event.delta async for event in stream if event.type == "content.delta"]
-                final = stream.current_completion_snapshot
-            assert "".join(deltas) == final.choices[0].message.content == whole
-            assert final.choices[0].message.role == "assistant"
+        async with helper_of(asynchronous)(messages=messages, **greedy) as stream:
+            deltas = [event.delta async for event in stream if event.type == "content.delta"]
+            check_final(deltas, stream.current_completion_snapshot)
+        vectors = (await asynchronous.embeddings.create(model=model, input=["Hello", "你好"])).data
+        assert len(vectors[0].embedding) == len(vectors[1].embedding) > 1
+        assert model in [card.id async for card in asynchronous.models.list()]
 
 
+def helper_of(any_client: openai.OpenAI | openai.AsyncOpenAI) -> Callable[..., Any]:
+    """`.stream()`, which early versions of openai 1.x have under `beta`."""
+    completions = any_client.chat.completions
+    return completions.stream if hasattr(completions, "stream") else any_client.beta.chat.completions.stream
+
+
+def check_final(deltas: list[str], final: Any) -> None:
+    """The helper's events and what it made of them are the whole answer."""
+    assert "".join(deltas) == final.choices[0].message.content == whole
+    assert final.choices[0].message.role == "assistant"
+
+
+with helper_of(client)(messages=messages, **greedy) as events:
+    check_final([event.delta for event in events if event.type == "content.delta"], events.current_completion_snapshot)
 asyncio.run(ask_asynchronously())
 print("openai", openai.__version__, "works")

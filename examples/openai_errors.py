@@ -3,10 +3,12 @@
 pip install openai
 OPENAI_BASE_URL=http://localhost:8000/v1 OPENAI_API_KEY=EMPTY python examples/openai_errors.py chatglm2-6b
 
-With FASTCHAT_BUSY_URL, a server without a controller, the repeated 503 is counted too; with
-FASTCHAT_KEYS_URL, a server that wants a key, the refused key.
+With FASTCHAT_BUSY_URL, a server without a controller, the repeated 503 is counted too; with FASTCHAT_KEYS_URL, a
+server that wants a key, the refused key; with FASTCHAT_FAILING_MODELS, models behind that URL which answer 429, answer
+500 and break off, what the client makes of them.
 """
 
+import asyncio
 import os
 import re
 import sys
@@ -55,9 +57,40 @@ except openai.NotFoundError as error:
 else:
     raise AssertionError("an unknown model has a card")
 
+expect(openai.PermissionDeniedError, "origin_not_allowed", base_url, 0, extra_headers={"Origin": "https://a.example"})
+
 busy_url = os.environ.get("FASTCHAT_BUSY_URL")
 if busy_url:
     expect(openai.InternalServerError, "no_controller", busy_url, 3)
+
+
+async def expect_asynchronously(error_class: type[openai.APIStatusError], tries: int, failing: str) -> None:
+    """The asynchronous client repeats as often; here a stream that is refused before it begins."""
+    before = requests_counted(base_url)
+    async with openai.AsyncOpenAI(base_url=base_url, max_retries=tries - 1) as client:
+        try:
+            await client.chat.completions.create(model=failing, messages=messages, stream=True)
+        except error_class as error:
+            assert error.request_id, error
+        else:
+            raise AssertionError(f"{failing} has answered")
+    assert requests_counted(base_url) - before == tries
+
+
+if "FASTCHAT_FAILING_MODELS" in os.environ:
+    too_many, broken, half = os.environ["FASTCHAT_FAILING_MODELS"].split(",")
+    expect(openai.RateLimitError, "failed_429", base_url, 3, model=too_many)
+    expect(openai.InternalServerError, "failed_500", base_url, 3, model=broken)
+    asyncio.run(expect_asynchronously(openai.RateLimitError, 2, too_many))
+    asyncio.run(expect_asynchronously(openai.InternalServerError, 1, broken))
+    stream = openai.OpenAI(base_url=base_url).chat.completions.create(model=half, messages=messages, stream=True)
+    assert next(stream).choices[0].delta.content == "Hel"
+    try:
+        next(stream)
+    except openai.APIError as error:
+        assert error.code == "bad_worker_answer", error
+    else:
+        raise AssertionError("half an answer ended like a whole one")
 keys_url = os.environ.get("FASTCHAT_KEYS_URL")
 if keys_url:
     try:

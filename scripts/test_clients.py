@@ -22,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 CONSTRAINTS = ROOT / "examples" / "constraints.txt"
 sys.path.insert(0, str(ROOT))
 
+from tests.failing_server import FAILING_MODELS, registered_failing_server  # noqa: E402 - the tests are no installed package
 from tests.processes import ServerProcess, free_port, start_command  # noqa: E402 - the tests are no installed package
-from tests.system import MODEL_NAME, System, running_system  # noqa: E402 - the tests are no installed package
+from tests.system import MODEL_NAME, System, running_system, wait_for_models  # noqa: E402 - the tests are no installed package
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Servers:
-    """The system, an API server without a controller, which answers 503, and one that wants a key."""
+    """The system with models that fail, an API server without a controller, which answers 503, and one with a key."""
 
     system: System
     busy: ServerProcess
@@ -91,6 +92,9 @@ def running_servers(folder: Path) -> Iterator[Servers]:
 
         busy = start(f"http://127.0.0.1:{free_port()}")
         with_keys = start(system.controller.url, "--api-keys", "a-key-of-this-test")
+        token = (system.state_dir / "cluster-token").read_text(encoding="ascii").strip()
+        processes.enter_context(registered_failing_server(system.controller.url, token))
+        wait_for_models(system, (MODEL_NAME, *FAILING_MODELS))
         yield Servers(system, busy, with_keys)
 
 
@@ -121,6 +125,7 @@ def run(command: tuple[str, ...], python: Path, servers: Servers) -> subprocess.
         "OPENAI_API_BASE": url + "/v1",
         "FASTCHAT_BUSY_URL": servers.busy.url + "/v1",
         "FASTCHAT_KEYS_URL": servers.with_keys.url + "/v1",
+        "FASTCHAT_FAILING_MODELS": ",".join(FAILING_MODELS),
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
     }
     with tempfile.TemporaryDirectory() as folder:
