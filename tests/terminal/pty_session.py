@@ -13,13 +13,14 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from tests.processes import process_environment
 
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 CTRL_C = "\x03"
 CTRL_D = "\x04"
 
@@ -28,22 +29,34 @@ _LAUNCHER = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[=>])")
 
 
-class PtySession:
-    """`python -m <module> flags` on a terminal of 24 lines. As a context it is killed at the end."""
+class Terminal:
+    """A command on a terminal. As a context it is killed at the end."""
 
-    def __init__(self, module: str, *flags: str | Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        num_columns: int = 100,
+    ) -> None:
         self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, num_columns, 0, 0))
         extra = {"TERM": "dumb", "LANG": "C.UTF-8", "PROMPT_TOOLKIT_NO_CPR": "1", **(environment or {})}
-        command = [sys.executable, "-c", _LAUNCHER, sys.executable, "-m", module, *map(str, flags)]
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=process_environment(extra), start_new_session=True
+            [sys.executable, "-c", _LAUNCHER, *map(str, command)],
+            cwd=cwd,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=process_environment(extra),
+            start_new_session=True,
         )
         os.close(slave)
         self._raw = b""
         self._read_up_to = 0
 
-    def __enter__(self) -> PtySession:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -100,3 +113,10 @@ class PtySession:
             return False
         self._raw += received
         return bool(received)
+
+
+class PtySession(Terminal):
+    """`python -m <module> flags` on a terminal."""
+
+    def __init__(self, module: str, *flags: str | Path, environment: Mapping[str, str] | None = None) -> None:
+        super().__init__([sys.executable, "-m", module, *flags], environment=environment)
