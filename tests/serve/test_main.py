@@ -84,3 +84,20 @@ def test_command_shares_its_flags_with_the_guide_s_module():
     ended = fastchat("controller", "--help")
     assert ended.returncode == 0
     assert "--dispatch-method" in ended.stdout
+
+
+def test_a_name_that_the_locale_cannot_write_ends_no_command():
+    """Its letters are written as escapes."""
+    program = (
+        "import sys\nfrom fastchat.serve.arguments import run_command\n"
+        "run_command(lambda _: print('models', '\u5c0f', flush=True) or 0)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=process_environment({"PYTHONIOENCODING": "latin-1"}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "models \\u5c0f\n"), ended.stderr

@@ -8,6 +8,7 @@ variable that cannot be obeyed, 130 ended by force with a second Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -167,6 +168,10 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
 
     Where `fastchat serve` started this process, that line is handed to it, to be said last and once.
     """
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # as stderr does: a model's name may not exist in the locale's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         watch_parent()
         exit_code = main(None)

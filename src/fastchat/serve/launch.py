@@ -250,7 +250,9 @@ def ready_block(api_url: str, names: Sequence[str], *, has_keys: bool, page_url:
     """What is said once, when everything answers."""
     key = "'<one of your API keys>'" if has_keys else "EMPTY"
     header = '-H "Authorization: Bearer $OPENAI_API_KEY" ' if has_keys else ""
-    body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello! What is your name?"}]})
+    body = json.dumps(
+        {"model": names[0], "messages": [{"role": "user", "content": "Hello! What is your name?"}]}, ensure_ascii=False
+    )
     quoted = body.replace("'", "'\\''")
     page = f"  page    {page_url}\n" if page_url is not None else ""
     return f"""
