@@ -82,61 +82,54 @@ def test_no_code_from_data(path):
                 assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Top-level modules in a fresh interpreter after `statement`."""
-    program = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    return set(output.stdout.split())
+MODEL_CODE = {"torch", "transformers", "tokenizers", "sentencepiece"}
+SMALL_COMMANDS = [
+    *("controller", "openai_api_server", "chat", "compare", "cli"),
+    *("models_command", "votes_command", "plan_command", "launch"),
+]
+POLICY = [
+    *("engine.sequence", "engine.sampling_params", "engine.scheduler", "engine.kv_cache", "engine.client"),
+    *("engine.engine_config", "engine.process_client", "worker.memory_remedy", "api.protocol"),
+]
+IMPORTS = """
+import importlib, sys
+forbidden = set(sys.argv[1].split(","))
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+    if loaded := forbidden & {module.partition(".")[0] for module in sys.modules}:
+        sys.exit(f"{name} loads {loaded}")
+print(*sys.modules)
+"""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "controller",
-        "openai_api_server",
-        "chat",
-        "compare",
-        "cli",
-        "models_command",
-        "votes_command",
-        "plan_command",
-        "launch",
-    ],
-)
-def test_processes_that_compute_nothing_never_load_torch(name):
+def loaded_by(*modules: str, without: set[str]) -> set[str]:
+    """What a fresh interpreter has loaded after importing these one after the other; none may bring what is named."""
+    command = [sys.executable, "-c", IMPORTS, ",".join(without), *modules]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return set(ended.stdout.split())
+
+
+def test_processes_that_compute_nothing_never_load_torch():
     """The control plane and the API server stay small and start fast."""
-    loaded = loaded_by(f"import fastchat.serve.{name}")
-    assert not loaded & {"torch", "transformers", "tokenizers", "sentencepiece", "numpy"}
+    loaded_by(*(f"fastchat.serve.{name}" for name in SMALL_COMMANDS), without={*MODEL_CODE, "numpy"})
 
 
 def test_the_page_computes_nothing():
     """Gradio brings numpy along; no model code comes with it, and nothing of ours but the client's side of the API."""
-    assert not loaded_by("import fastchat.web.app") & {"torch", "transformers", "tokenizers", "sentencepiece"}
-    program = "import sys, fastchat.web.app\nprint(*(n for n in sys.modules if n.startswith('fastchat.')))"
-    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert {name.split(".")[1] for name in output.stdout.split()} <= {"errors", "config", "api", "web"}
+    loaded = loaded_by("fastchat.web.app", without=MODEL_CODE)
+    ours = {part_of(name) for name in loaded if name.startswith("fastchat.")}
+    assert ours <= {"errors", "config", "api", "web"}
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "engine.sequence",
-        "engine.sampling_params",
-        "engine.scheduler",
-        "engine.kv_cache",
-        "engine.client",
-        "engine.engine_config",
-        "engine.process_client",
-        "worker.memory_remedy",
-        "api.protocol",
-    ],
-)
-def test_policy_is_torch_free(module):
+def test_policy_is_torch_free():
     """Who runs next is decided without a tensor."""
-    assert "torch" not in loaded_by(f"import fastchat.{module}")
+    loaded_by(*(f"fastchat.{module}" for module in POLICY), without={"torch"})
 
 
 def test_engine_and_models_need_no_web_packages():
     """They run where only torch, transformers, tokenizers and numpy are installed."""
-    loaded = loaded_by("import fastchat.engine.engine, fastchat.engine.process_server, fastchat.models.weights")
-    assert not loaded & {"fastapi", "starlette", "uvicorn", "aiohttp", "pydantic", "structlog", "orjson"}
+    loaded_by(
+        *("fastchat.engine.engine", "fastchat.engine.process_server", "fastchat.models.weights"),
+        without={"fastapi", "starlette", "uvicorn", "aiohttp", "pydantic", "structlog", "orjson"},
+    )

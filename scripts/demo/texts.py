@@ -104,7 +104,6 @@ class Texts:
         chance = random.Random(0)
         for line in self.all_patterns():
             patterns.sample(line, self.slots, chance)
-            patterns.matcher(line, self.slots)
 
 
 def _questions(table: Mapping[str, str]) -> dict[Language, list[str]]:

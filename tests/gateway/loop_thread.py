@@ -18,7 +18,7 @@ class LoopThread:
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
 
-    def run(self, coroutine, limit_s=20):
+    def run(self, coroutine, limit_s=60):
         """The coroutine's result; it runs in the loop's thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(limit_s)
 

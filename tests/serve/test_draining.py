@@ -9,7 +9,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
 
 import pytest
 
@@ -72,34 +71,52 @@ def _reason(chunk):
 
 
 class Parts:
-    """Controller, worker and API server, each its own process."""
+    """Controller, worker and API server, each its own process. One that a test ended, or whose flags are not those that
+    the next test wants, is started again for it.
+    """
 
-    def __init__(self, stack, folder, state_dir, *flags):
-        def start(module, *more):
-            process = start_command(module, "--port", "0", *more, state_dir=state_dir, environment=ONE_THREAD)
-            return stack.enter_context(process)
+    def __init__(self, folder, state_dir):
+        self._folder, self._state_dir = folder, state_dir
+        self._started = {}
 
-        self.controller = start("controller")
+    def ready(self, *, worker_flags=None, api_flags=None):
+        """All three as wanted; None is content with any flags."""
+        self.controller = self._running("controller", (), ())
         address = ("--controller-address", self.controller.url)
-        self.worker = start("model_worker", "--model-path", folder, *address, *flags)
-        self.api = start("openai_api_server", *address, *flags)
-        self.worker.wait_for_line("registered with the controller")
-        self.wait_for_models(1)
-
-    def wait_for_models(self, number):
-        deadline = time.monotonic() + 20
-        while True:
-            with urllib.request.urlopen(f"{self.api.url}/v1/models", timeout=10) as answer:
-                if len(json.load(answer)["data"]) == number:
-                    return
+        self.worker = self._running("model_worker", ("--model-path", self._folder, *address), worker_flags)
+        self.api = self._running("openai_api_server", address, api_flags)
+        self.worker_id = get(f"{self.worker.url}/livez")["worker_id"]
+        deadline = time.monotonic() + 60
+        while [row["worker"] for row in get(f"{self.api.url}/api/v1/models")["data"]] != [self.worker_id]:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        return self
+
+    def _running(self, module, always, flags):
+        process, its_flags = self._started.get(module, (None, None))
+        if process is None or process.process.poll() is not None or flags not in {None, its_flags}:
+            if process is not None:
+                process.stop()
+            given = ("--port", "0", *always, *(flags or ()))
+            process = start_command(module, *given, state_dir=self._state_dir, environment=ONE_THREAD)
+            self._started[module] = process, flags or ()
+        return process
+
+    def stop(self):
+        for process, _ in self._started.values():
+            process.stop()
 
 
-@pytest.fixture
-def parts(model_folder, tmp_path):
-    with ExitStack() as stack:
-        yield lambda *flags: Parts(stack, model_folder, tmp_path, *flags)
+def get(url):
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def parts(model_folder, tmp_path_factory):
+    parts = Parts(model_folder, tmp_path_factory.mktemp("draining"))
+    yield parts
+    parts.stop()
 
 
 def metrics_of(api):
@@ -113,10 +130,10 @@ def is_told(last):
     return "shutting down" in error["message"]
 
 
-@pytest.mark.parametrize("what", ["worker", "api"])
+@pytest.mark.parametrize("what", ["api", "worker"])
 def test_what_runs_is_finished(parts, what):
     """A stream and a whole answer end as they would have, and the process ends with 0 right after them."""
-    there = parts()
+    there = parts.ready(api_flags=(), worker_flags=())
     stream = Answer(there.api.url, SHORT)
     whole = Answer(there.api.url, SHORT, is_stream=False)
     process = getattr(there, what)
@@ -125,17 +142,30 @@ def test_what_runs_is_finished(parts, what):
     assert stream.finish_reason() == "length"
     assert whole.result()
     assert whole.status in (200, 503), "it may not have arrived before the end began"
-    assert process.wait(limit_s=10) == 0
+    assert process.wait(limit_s=60) == 0
     assert "Traceback" not in process.log
     if what == "worker":
-        there.controller.wait_for_line("worker drains")
-        there.controller.wait_for_line("worker gone")
+        there.controller.wait_for_line(f"worker drains worker_id={there.worker_id}")
+        there.controller.wait_for_line(f"worker gone worker_id={there.worker_id}")
+
+
+def test_new_requests_go_elsewhere_while_a_worker_drains(parts):
+    """Unregistered at once: the model is unavailable, not unknown, and nobody waits for it."""
+    there = parts.ready(worker_flags=("--drain-timeout", "3"))
+    stream = Answer(there.api.url, LONG)
+    there.worker.signal(signal.SIGTERM)
+    there.controller.wait_for_line(f"worker drains worker_id={there.worker_id}")
+    late = Answer(there.api.url, 4, is_stream=False)
+    late.result()
+    assert late.status == 503
+    assert stream.result()
+    assert there.worker.wait(limit_s=60) == 0
 
 
 @pytest.mark.parametrize("what", ["worker", "api"])
 def test_what_does_not_end_in_time_is_told(parts, what):
     """After --drain-timeout a stream gets an error event that a person can read; exit code 0 all the same."""
-    there = parts("--drain-timeout", "1")
+    there = parts.ready(**{f"{what}_flags": ("--drain-timeout", "1")})
     stream = Answer(there.api.url, LONG)
     process = getattr(there, what)
     began = time.monotonic()
@@ -144,14 +174,14 @@ def test_what_does_not_end_in_time_is_told(parts, what):
     if last == b"[DONE]":
         pytest.skip("this machine computed the long answer within the limit")
     assert is_told(last)
-    assert process.wait(limit_s=10) == 0
-    assert 0.9 < time.monotonic() - began < 6
+    assert process.wait(limit_s=60) == 0
+    assert 0.9 < time.monotonic() - began < 30
     assert "Traceback" not in process.log
 
 
 def test_whole_answer_that_does_not_end_in_time_is_a_503(parts):
     """With the error in OpenAI's shape: its client knows that it may ask again."""
-    there = parts("--drain-timeout", "1")
+    there = parts.ready(api_flags=("--drain-timeout", "1"))
     stream = Answer(there.api.url, LONG)
     whole = Answer(there.api.url, LONG, is_stream=False)
     while b"fastchat_http_requests_in_flight 2.0" not in metrics_of(there.api):
@@ -162,29 +192,14 @@ def test_whole_answer_that_does_not_end_in_time_is_a_503(parts):
     assert is_told(last)
     assert is_told(whole.result())
     assert whole.status == 503
-    assert there.api.wait(limit_s=10) == 0
-
-
-def test_new_requests_go_elsewhere_while_a_worker_drains(parts):
-    """Unregistered at once: the model is unavailable, not unknown, and nobody waits for it."""
-    there = parts("--drain-timeout", "3")
-    stream = Answer(there.api.url, LONG)
-    there.worker.signal(signal.SIGTERM)
-    there.controller.wait_for_line("worker drains", limit_s=2)
-    late = Answer(there.api.url, 4, is_stream=False)
-    late.result()
-    assert late.status == 503
-    assert stream.result()
-    assert there.worker.wait(limit_s=10) == 0
+    assert there.api.wait(limit_s=60) == 0
 
 
 def test_controller_ends_at_once_though_it_is_watched(parts):
     """Its streams are endless and are not waited for."""
-    there = parts()
-    began = time.monotonic()
+    there = parts.ready()
     there.controller.signal(signal.SIGTERM)
     assert there.controller.wait(limit_s=10) == 0
-    assert time.monotonic() - began < 5
 
 
 def test_fastchat_serve_finishes_tells_and_leaves_with_0(model_folder, tmp_path):
@@ -198,5 +213,5 @@ def test_fastchat_serve_finishes_tells_and_leaves_with_0(model_folder, tmp_path)
         serving.signal(signal.SIGTERM)
         last = stream.result()
         assert last == b"[DONE]" or is_told(last)
-        assert serving.wait(limit_s=20) == 0
+        assert serving.wait(limit_s=60) == 0
         assert "Traceback" not in serving.log

@@ -45,7 +45,7 @@ def status(api, key=None, path="/version"):
 def seconds_until(api, expected, key=None):
     began = time.monotonic()
     while status(api, key) != expected:
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         time.sleep(0.02)
     return time.monotonic() - began
 
@@ -84,7 +84,7 @@ def test_last_use_is_shown_by_day(api, keys):
     assert "never" in keys("list").stdout.splitlines()[1]
     before = time.strftime("%Y-%m-%d", time.gmtime())
     assert status(api, key) == 200
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (used_on := json.loads(keys("list", "--json").stdout)[0]["last_used_on"]) is None:
         assert time.monotonic() < deadline
     assert used_on in (before, time.strftime("%Y-%m-%d", time.gmtime()))

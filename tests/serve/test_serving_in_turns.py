@@ -15,7 +15,7 @@ from tests.serve.test_launch import Serving
 
 def test_models_that_do_not_fit_together_take_turns_in_one_worker(tmp_path):
     """Instead of a refusal: both answer, and only one is in memory at a time."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 80000, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 40000, "num_hidden_layers": 1}
     folders = [write_checkpoint(tmp_path / name, "llama", config=sizes) for name in ("one", "two")]
     arguments = ["--dtype", "float32", "--max-context", "512", "--limit-worker-concurrency", "2", "--device", "cpu"]
     models = [word for folder in folders for word in ("--model-path", str(folder))]

@@ -62,7 +62,7 @@ def test_ctrl_c_stops_the_answer_on_the_server_too(system):
         session.wait_for("assistant: .{20}")
         session.type(CTRL_C)
         session.wait_for("dropped\nuser: ")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while num_unfinished(system) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert num_unfinished(system) == 0

@@ -4,17 +4,13 @@ import base64
 import json
 import math
 import struct
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx2
 import openai
 import pytest
 
-from fastchat.worker.config import ModelSpec
-from tests.worker.conftest import ENGINE, TOKEN, is_empty, serving, worker_config
+from tests.worker.conftest import TOKEN, is_empty
 
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 MESSAGES = [{"role": "user", "content": "你好"}]
 CHAT = {"model": "chatglm2-6b", "messages": MESSAGES}
 ENDLESS = {**CHAT, "ignore_eos": True, "max_tokens": 400}
@@ -332,45 +328,3 @@ def test_metrics_show_each_model(worker):
     text = worker.get("/metrics").text
     assert 'fastchat_request_success_total{finished_reason="length",model_name="chatglm2-6b"}' in text
     assert 'fastchat_kv_cache_usage_perc{model_name="qwen"} 0.0' in text
-
-
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference data is not beside the project")
-def test_reference_cases_over_http(thread, checkpoints):
-    """The original ChatGLM2 and ChatGLM3 code's outputs, prompt ids included: one by one, and all in flight at once."""
-    specs = tuple(ModelSpec(REFERENCE / name) for name in ("chatglm2-tiny", "chatglm3-tiny"))
-    with (
-        serving(thread, worker_config(checkpoints, models=specs, engine=ENGINE)) as worker,
-        ThreadPoolExecutor(30) as pool,
-    ):
-        cases = [case for spec in specs for case in reference_cases(spec.path)]
-        assert len(cases) == 30
-        for results in (map(worker_ids(worker), cases), pool.map(worker_ids(worker), cases)):
-            for result, (_, _, expected) in zip(results, cases, strict=True):
-                assert result == expected
-        worker.wait_until_empty()
-
-
-def reference_cases(folder):
-    """(path, body, (prompt ids, greedy ids)) of a folder's expected.json."""
-    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
-    asked = {"model": folder.name, "temperature": 0, "max_tokens": 32, "ignore_eos": True, "return_token_ids": True}
-    for case in expected["plain"]:
-        yield "/v1/completions", {**asked, "prompt": case["text"]}, (case["input_ids"], case["greedy_ids"])
-    for case in expected["chat"]:
-        messages = []
-        for entry in case["history"]:
-            if isinstance(entry, dict):
-                messages.append(entry)
-            else:
-                messages += [{"role": "user", "content": entry[0]}, {"role": "assistant", "content": entry[1]}]
-        messages.append({"role": case.get("role", "user"), "content": case["query"]})
-        yield "/v1/chat/completions", {**asked, "messages": messages}, (case["input_ids"], case["greedy_ids"])
-
-
-def worker_ids(worker):
-    def ask(case):
-        path, body, _ = case
-        choice = worker.post(path, body).json()["choices"][0]
-        return choice["prompt_token_ids"], choice["token_ids"]
-
-    return ask

@@ -19,7 +19,7 @@ from tests.worker.test_memory_measured import peak_of
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 TOKEN = "a-token-of-the-tests-with-32-letters"
-SIZES = {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 40000, "num_hidden_layers": 2}
+SIZES = {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 24000, "num_hidden_layers": 2}
 NAMES = ("first", "second")
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--max-context", "512", "--limit-worker-concurrency", "4")
 ENGINE = EngineSpec(device="cpu", dtype="float32", max_context=512, max_running=4)
