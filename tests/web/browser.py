@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response
 
+OVER_THE_NETWORK = "page.test"
+"""A name of this machine that a browser takes for another one: what it keeps from plain HTTP is kept from the page."""
 FLAGS = (
+    f"--host-resolver-rules=MAP {OVER_THE_NETWORK} 127.0.0.1",
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",

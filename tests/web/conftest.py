@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import urllib.request
+from dataclasses import dataclass
 
 import pytest
 from playwright.sync_api import sync_playwright
 
 from fastchat.serve.demo_model import DEMO_MODEL
 from tests.checkpoints import write_checkpoint
-from tests.processes import start_command
+from tests.processes import ServerProcess, start_command
 from tests.system import running_system
 from tests.web.browser import FLAGS, SharedWindow
 from tests.web.proxy import below_path
@@ -19,6 +20,7 @@ from tests.web.proxy import below_path
 DEMO = "chatglm2-demo"
 ENDLESS = "endless"
 PAIR = ("demo-one", "demo-two")
+API_KEY = "a-key-that-clients-have"
 
 
 @pytest.fixture(scope="package")
@@ -64,17 +66,39 @@ def page_server(system):
         assert "Traceback" not in process.log
 
 
+@dataclass(frozen=True)
+class Serving:
+    """`fastchat serve` with an API key; `page_url` is that of a proxy which shows the page below /chat/."""
+
+    process: ServerProcess
+    page_url: str
+    api_url: str
+
+    def worker_pid(self, model):
+        """The process that serves it now."""
+        pids = re.findall(rf"process started.*worker of {model}\b.*pid=(\d+)", self.process.log)
+        return int(pids[-1])
+
+    def sleep(self, model):
+        """Have its memory freed, as an operator."""
+        request = urllib.request.Request(
+            f"{self.api_url}/api/v1/models/{model}/sleep", b"", {"Authorization": f"Bearer {API_KEY}"}
+        )
+        urllib.request.urlopen(request).close()
+
+
 @pytest.fixture(scope="package")
-def served_below_a_path(tmp_path_factory):
-    """`fastchat serve` with the demo model under two names, where a proxy shows its page below /chat/."""
+def serving(tmp_path_factory):
+    """`fastchat serve` with the demo model under two names, in a process each."""
     ports = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--web-port", "0")
     models = [word for name in PAIR for word in ("--model-path", DEMO_MODEL, "--model-names", name)]
-    flags = (*ports, *models, "--gradio-root-path", "/chat/")
+    flags = (*ports, *models, "--gradio-root-path", "/chat/", "--api-keys", API_KEY)
     one_thread = {"OMP_NUM_THREADS": "1"}
-    with start_command("launch", *flags, state_dir=tmp_path_factory.mktemp("serve"), environment=one_thread) as serving:
-        url = serving.wait_for_line(r"^  page    (http://\S+)$")[1]
+    with start_command("launch", *flags, state_dir=tmp_path_factory.mktemp("serve"), environment=one_thread) as process:
+        url = process.wait_for_line(r"^  page    (http://\S+)$")[1]
+        api_url = process.wait_for_line(r"^  API     (http://\S+)/v1$")[1]
         with below_path("/chat", url) as proxy_url:
-            yield proxy_url
+            yield Serving(process, proxy_url, api_url)
 
 
 @pytest.fixture(scope="package")

@@ -58,9 +58,13 @@ def test_stop_ends_both_answers_on_the_worker(visit, num_running, kind):
     assert all(text.strip() for text in answers.all_inner_texts())
     assert not visit.page.locator(f"#{kind}-vote-a").is_visible()
     visit.limit_tokens(kind, 5)
-    visit.page.click(f"#{kind}-retry")
+    if kind == "compare":
+        visit.page.click("#compare-retry")
+    else:  # another question goes on as well
+        visit.page.fill("#battle-message textarea", "Who made you?")
+        visit.page.keyboard.press("Enter")
     visit.page.locator(f"#{kind}-vote-a").wait_for()
-    assert answers.count() == 2
+    assert answers.count() == (2 if kind == "compare" else 4)
 
 
 def test_a_phone_shows_both_sides_and_the_leaderboard(browser, page_server):
@@ -101,14 +105,47 @@ def test_a_blind_battle_tells_the_names_after_the_vote(visit):
     ask(visit, "battle", HELLO)
     assert not visit.page.locator("#battle-model-a").is_visible()
     names = [visit.page.locator(f"#battle-name-{side}") for side in "ab"]
-    assert [name.inner_text().strip() for name in names] == ["", ""]
+    assert [name.inner_text().strip() for name in names] == ["Model A", "Model B"]
     with visit.answering():
         visit.page.click("#battle-retry")
     visit.page.click("#battle-vote-tie")
     visit.page.locator("#battle-main .voted").wait_for()
-    assert sorted(name.inner_text().strip() for name in names) == [DEMO, ENDLESS]
+    assert sorted(name.locator("strong").inner_text() for name in names) == [DEMO, ENDLESS]
     visit.page.click("#battle-new")
-    visit.wait_for(lambda: names[0].inner_text().strip() == "", what="a new round without names")
+    visit.wait_for(lambda: names[0].inner_text().strip() == "Model A", what="a new round without names")
+
+
+def test_a_pair_s_messages_can_be_edited_and_taken_back(visit):
+    """From both sides at once, whichever was touched; what is asked in their place completes the same round."""
+    open_tab(visit, "compare")
+    visit.limit_tokens("compare", 5)
+    assert not visit.page.locator("#compare-undo").is_visible()
+    ask(visit, "compare", HELLO)
+    ask(visit, "compare", "Who made you?")
+    questions = visit.page.locator("#compare-main [data-testid=user]")
+    visit.page.locator("#compare-pane-b [aria-label='Edit']").last.click()
+    visit.page.locator("#compare-pane-b .edit-textarea").fill("Tell me a joke.")
+    with visit.answering():
+        visit.page.keyboard.press("Control+Enter")
+    assert questions.all_inner_texts() == [HELLO, "Tell me a joke."] * 2
+    visit.page.locator("#compare-vote-a").wait_for()
+    visit.page.click("#compare-undo")
+    visit.wait_for(lambda: questions.all_inner_texts() == [HELLO] * 2, what="one question is left on each side")
+    assert visit.page.input_value("#compare-message textarea") == "Tell me a joke."
+    assert not visit.page.locator("#compare-vote-a").is_visible()
+    with visit.answering():
+        visit.page.click("#compare-send")
+    visit.page.locator("#compare-vote-a").wait_for()
+
+
+def test_a_model_is_not_compared_with_itself(visit):
+    """In words of the page, before anything is sent."""
+    open_tab(visit, "compare")
+    visit.choose_model(DEMO, "compare-model-b")
+    visit.page.fill("#compare-message textarea", HELLO)
+    visit.page.keyboard.press("Enter")
+    visit.page.locator("#compare-status .notice", has_text="two different models").wait_for()
+    assert visit.page.input_value("#compare-message textarea") == HELLO
 
 
 def test_the_leaderboard_shows_scores_and_intervals(visit):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 from tests.processes import run_command
 from tests.system import MODEL_NAME
+from tests.web.browser import OVER_THE_NETWORK, visiting
 from tests.web.conftest import DEMO, ENDLESS
 
 HELLO = "Hello! What is your name?"
@@ -95,11 +98,38 @@ def test_an_edited_message_is_answered_anew(visit):
     visit.ask(HELLO)
     visit.ask("Who made you?")
     visit.page.locator("#chat [aria-label='Edit']").first.click()
-    visit.page.locator("#chat [data-testid=user] textarea, #chat .user-row textarea").fill("Tell me a joke.")
+    visit.page.locator("#chat .edit-textarea").fill("Nothing.")
+    visit.page.keyboard.press("Escape")
+    visit.wait_for(lambda: visit.questions() == [HELLO, "Who made you?"], what="nothing has changed")
+    visit.page.locator("#chat [aria-label='Edit']").first.click()
+    visit.page.locator("#chat .edit-textarea").fill("Tell me a joke.")
     with visit.answering():
         visit.page.locator("#chat [aria-label='Send the changed message']").click()
     assert visit.questions() == ["Tell me a joke."]
     assert len(visit.answers()) == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", OVER_THE_NETWORK])
+def test_copy_buttons_fill_the_clipboard(browser, page_server, host):
+    """Of a message as it was written, and of the code in it; also over plain HTTP, where browsers have no clipboard."""
+    url = page_server.url.replace("127.0.0.1", host)
+    is_local = host == "127.0.0.1"
+    permissions = ["clipboard-read", "clipboard-write"] if is_local else []
+    with visiting(browser, url, permissions=permissions) as visit:
+        visit.open(f"/?model={DEMO}")
+        visit.ask("**a**\n\n```python\nx = 1\n```")
+        question = visit.page.locator("#chat .user-row").first
+        for button, text in (
+            (visit.page.locator("#chat [aria-label='Copy message']").first, "**a**\n\n```python\nx = 1\n```"),
+            (question.locator(".copy_code_button"), "x = 1"),
+        ):
+            button.click()
+            visit.page.fill("#message textarea", "")
+            visit.page.focus("#message textarea")
+            visit.page.keyboard.press("Control+V")
+            visit.wait_for(lambda text=text: visit.page.input_value("#message textarea") == text, what="it was copied")
+            if is_local:
+                assert visit.page.evaluate("navigator.clipboard.readText()") == text
 
 
 def test_clear_empties_the_conversation(visit):

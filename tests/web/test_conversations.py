@@ -63,16 +63,44 @@ def test_conversations_can_be_renamed_and_deleted(visit):
     assert "Hello" not in visit.page.evaluate("JSON.stringify(localStorage)")
 
 
-def test_what_is_exported_can_be_imported_elsewhere(visit, browser, page_server, tmp_path):
-    """Another browser shows the same conversations."""
-    answer = visit.ask(HELLO)
+def test_what_is_exported_is_imported_exactly(visit, browser, page_server, tmp_path):
+    """Another browser shows the same conversations, judged as they were, and exports the same file."""
+    first = visit.ask(HELLO)
+    visit.page.click("#judge-up")
+    visit.page.locator("#judge-up[aria-pressed=true]").wait_for()
+    visit.page.click("#new-chat")
+    visit.wait_for(lambda: visit.questions() == [], what="an empty conversation")
+    visit.open_settings()
+    visit.page.fill("#system textarea", "Be brief.")
+    second = visit.ask("Who made you?")
     document = exported(visit, tmp_path)
-    assert document["conversations"][0]["messages"][0] == {"role": "user", "content": HELLO}
+    assert document["conversations"][1]["messages"][0] == {"role": "user", "content": HELLO}
+    assert document["conversations"][1]["messages"][1]["answer"]["vote"] == "up"
     with visiting(browser, page_server.url) as other:
         other.open()
         import_file(other, tmp_path / "export.json")
-        other.wait_for(lambda: other.answers() == [answer], what="the imported conversation")
-        assert other.titles() == [HELLO]
+        other.wait_for(lambda: other.answers() == [second], what="the imported conversation")
+        assert other.titles() == ["Who made you?", HELLO]
+        other.page.locator("#judge-up[aria-pressed=false]").wait_for()
+        other.page.locator("#conversation-list .conversation", has_text=HELLO).click()
+        other.wait_for(lambda: other.answers() == [first], what="the first conversation")
+        other.page.locator("#judge-up[aria-pressed=true]").wait_for()
+        assert exported(other, tmp_path) == document
+
+
+def test_marks_that_no_page_wrote_are_left_out(visit, tmp_path):
+    """A file may say anything of an answer; what cannot be so is not shown, and the text is."""
+    marks = ({"answer_id": 5, "model": "x"}, {"answer_id": "a b", "model": "x"}, {"answer_id": "a"}, "up", None, [])
+    messages = [{"role": "assistant", "content": f"{number}", "answer": mark} for number, mark in enumerate(marks)]
+    messages += [{"role": "user", "content": "q", "answer": {"answer_id": "a", "model": "x", "vote": "up"}}]
+    messages += [{"role": "assistant", "content": "r", "answer": {"answer_id": "a", "model": "x", "vote": "best"}}]
+    conversations = [{"messages": messages}]
+    document = {"format": "fastchat-conversations", "version": 1, "conversations": conversations}
+    import_file(visit, write(tmp_path / "marks.json", document))
+    visit.wait_for(lambda: len(visit.answers()) == len(marks) + 1, what="the imported conversation")
+    kept = exported(visit, tmp_path)["conversations"][0]["messages"]
+    assert [message.get("answer") for message in kept[:-1]] == [None] * (len(marks) + 1)
+    assert kept[-1]["answer"] == {"answer_id": "a", "model": "x", "vote": None}
 
 
 def test_files_that_fastchat_saved_can_be_imported(visit, tmp_path):
@@ -89,9 +117,7 @@ def test_other_files_are_refused_readably(visit, tmp_path):
     for name, text in {"a.json": "[1, 2", "b.json": '{"messages": 5}', "c.json": "null"}.items():
         (tmp_path / name).write_text(text)
         import_file(visit, tmp_path / name)
-        note = visit.page.locator(".note").last
-        note.wait_for()
-        assert "holds no conversation" in note.inner_text()
+        visit.page.locator(".note", has_text="holds no conversation").last.wait_for()
     assert visit.titles() == [HELLO]
 
 

@@ -35,6 +35,8 @@ HOSTILE = {
     "details": '<details open ontoggle="window.broken=1"><summary>x</summary></details>',
     "noscript": '<noscript><p title="</noscript><img src=x onerror=window.broken=1>">',
     "button": '<button onclick="window.broken=1" formaction="https://evil.example">x</button>',
+    "ours": '<b data-press="language-switch">x</b><b data-word="nonsense"></b>',
+    "looks": '<div id="page-end-box" class="note can-vote">x</div>',
     "code": "```html\n<img src=https://evil.example/c.png onerror=window.broken=1>\n```",
 }
 
@@ -58,6 +60,9 @@ def test_hostile_text_stays_text(visit, tmp_path, role):
     for link in visit.page.locator("#chat .message a").all():
         assert not (link.get_attribute("href") or "").lower().replace("\n", "").startswith(("javascript", "data"))
     visit.page.wait_for_timeout(500)
+    assert visit.page.locator("#chat .message :is([data-press], [data-word])").count() == 0
+    placed = "[...document.querySelectorAll('#chat .message *')].map(e => getComputedStyle(e).position)"
+    assert not {"fixed", "sticky"} & set(visit.page.evaluate(placed))
     assert visit.page.evaluate("window.broken") is None
     assert visit.page.evaluate("document.elementFromPoint(5, 400).closest('#sidebar') !== null")
     assert visit.page.locator("#send").is_visible()

@@ -13,7 +13,7 @@ from fastchat.serve.gradio_web_server import create_page_parser, page_config
 from tests.processes import free_port, run_command, start_command
 from tests.web.browser import visiting
 from tests.web.canary import call
-from tests.web.conftest import DEMO, ENDLESS, PAIR
+from tests.web.conftest import DEMO, ENDLESS
 
 HELLO = "Hello! What is your name?"
 CHINESE_FREE = re.compile(r"[A-Za-z]{3,}[^\u4e00-\u9fff]{20,}")  # an English sentence in a Chinese page
@@ -165,11 +165,3 @@ def test_a_model_appears_and_dies_in_the_middle_of_an_answer(visit, browser, pag
         visit.page.locator("#status .notice button").click()
     visit.wait_for(lambda: "ChatGLM2-Demo" in "".join(visit.answers()), what="the other model's answer")
     assert visit.questions() == [HELLO]
-
-
-def test_fastchat_serve_starts_the_page_too(browser, served_below_a_path):
-    """One command to the page, named in the block that says what to do, also where a proxy shows it below a path."""
-    with visiting(browser, served_below_a_path) as visit:
-        visit.open(f"/chat/?model={PAIR[1]}")
-        assert "ChatGLM2-Demo" in visit.ask(HELLO)
-        assert visit.models() == list(PAIR)

@@ -132,7 +132,11 @@ def test_the_page_can_be_used_without_a_mouse(visit):
     visit.wait_for(tab_reaches_send, what="the focus is on the button")
     with visit.answering():
         visit.page.keyboard.press("Enter")
-    assert visit.questions() == ["one\ntwo"]
+    visit.page.locator("#message textarea").focus()
+    visit.page.keyboard.type("three")
+    with visit.answering():
+        visit.page.keyboard.press("Control+Enter")
+    assert visit.questions() == ["one\ntwo", "three"]
 
 
 def test_everything_that_can_be_pressed_has_a_name(visit):

@@ -46,9 +46,9 @@ def test_a_picture_of_the_chat(browser, page_server, language, take):
         take(visit, "chat")
 
 
-def test_pictures_of_a_battle_and_the_leaderboard(browser, served_below_a_path, language, take):
+def test_pictures_of_a_battle_and_the_leaderboard(browser, serving, language, take):
     """A round before its vote, and what votes make."""
-    with visiting(browser, served_below_a_path, locale=LOCALES[language]) as visit:
+    with visiting(browser, serving.page_url, locale=LOCALES[language]) as visit:
         visit.open("/chat/?arena")
         for number, vote in enumerate(VOTES):
             visit.page.fill("#battle-message textarea", HELLO[language] if number else QUESTIONS[language])

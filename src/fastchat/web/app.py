@@ -74,7 +74,7 @@ def _is_logged_in(gradio_app: Any, cookies: dict[str, str]) -> bool:  # Any: Gra
 def _blocks(config: PageConfig, client: ApiClient, models: ServedModels) -> gr.Blocks:
     answerer = Answerer(client)
     chat = ChatTab(models, answerer, JudgeButtons(client), max_answers=config.max_answers)
-    compare, battle = (ArenaTab(kind, client, answerer, max_answers=config.max_answers) for kind in ARENA_KINDS)
+    compare, battle = (ArenaTab(kind, models, client, answerer, max_answers=config.max_answers) for kind in ARENA_KINDS)
     blocks = gr.Blocks(analytics_enabled=False, title="FastChat", fill_width=True)
     blocks.default_config = SharedConfig(blocks)
     with blocks:

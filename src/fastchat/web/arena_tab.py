@@ -16,10 +16,11 @@ from fastchat.web import arena_client
 from fastchat.web.answering import Answerer
 from fastchat.web.api_client import ApiClient, Message
 from fastchat.web.arena_client import SIDES, Round, Side
-from fastchat.web.chat_pane import chat_pane
+from fastchat.web.chat_pane import chat_pane, event_index, up_to_question
 from fastchat.web.components import AS_IT_IS, PlainDropdown, PlainHTML, PlainTextbox
 from fastchat.web.failures import BadInputError, Failure, failure_of
 from fastchat.web.questions import RawSettings, chat_request
+from fastchat.web.served_models import ServedModels
 from fastchat.web.settings_fold import SettingsFold
 from fastchat.web.status_line import HIDDEN, notice
 from fastchat.web.translation import Language, label, language_of, translate
@@ -28,15 +29,20 @@ Kind = Literal["compare", "battle"]
 ARENA_KINDS: tuple[Kind, ...] = ("compare", "battle")
 VOTES = ("a", "b", "tie", "both_bad")
 _BLIND = "(drawn)"
+_UNTOLD = "unavailable"
+"""The code of a side's failure in a blind round, whose cause would tell the model."""
 _READY = '<span class="can-vote"></span>'
 
 
 class ArenaTab:
     """One of the two tabs."""
 
-    def __init__(self, kind: Kind, client: ApiClient, answerer: Answerer, *, max_answers: int | None) -> None:
+    def __init__(
+        self, kind: Kind, served: ServedModels, client: ApiClient, answerer: Answerer, *, max_answers: int | None
+    ) -> None:
         self._kind = kind
         self._is_blind = kind == "battle"
+        self._served = served
         self._client = client
         self._answerer = answerer
         self._running = {**HIDDEN, "concurrency_limit": max_answers, "concurrency_id": "answers"}
@@ -56,6 +62,7 @@ class ArenaTab:
                 }
             with gr.Row(elem_classes="votes-after"):
                 self.retry = gr.Button(label("retry"), elem_id=f"{kind}-retry", size="sm")
+                self.undo = gr.Button(label("undo"), elem_id=f"{kind}-undo", size="sm")
                 self.new_round = gr.Button(label("new_round"), elem_id=f"{kind}-new", size="sm")
             with gr.Row(elem_classes="composer"):
                 self.box = PlainTextbox(
@@ -76,29 +83,29 @@ class ArenaTab:
 
     def _side(self, side: str) -> tuple[Any, Any, Any]:
         with gr.Column(min_width=280):
-            name = f"{self._kind}-model-{side}"
-            model = PlainDropdown(
-                choices=[],
-                label=label(f"side_{side}"),
-                show_label=False,
-                container=False,
-                visible=not self._is_blind,
-                elem_id=name,
-                elem_classes="model-choice",
-            )
-            head = PlainHTML(
-                "",
-                elem_id=f"{self._kind}-name-{side}",
-                elem_classes="side-name",
-                visible=self._is_blind,
-                js_on_load=None,
-                apply_default_css=False,
-            )
+            with gr.Row(elem_classes="side-head"):
+                head = PlainHTML(
+                    _heading(side),
+                    elem_id=f"{self._kind}-name-{side}",
+                    elem_classes="side-name",
+                    js_on_load=None,
+                    apply_default_css=False,
+                )
+                model = PlainDropdown(
+                    choices=[],
+                    label=label(f"side_{side}"),
+                    show_label=False,
+                    container=False,
+                    visible=not self._is_blind,
+                    elem_id=f"{self._kind}-model-{side}",
+                    elem_classes="model-choice",
+                )
             pane = chat_pane(
                 label=label(f"side_{side}"),
                 elem_id=f"{self._kind}-pane-{side}",
                 elem_classes="pane",
                 height="100%",
+                editable="user",
                 buttons=["copy"],
             )
         return model, head, pane
@@ -108,15 +115,18 @@ class ArenaTab:
         given = [*self.panes, self.round, *self.models, *self.settings.components]
         shown = [self.box, *self.panes, self.round, self.status, *self.heads]
         begin = f"(...values) => window.fastchat.begin(values, '{kind}')"
+        running = {"js": begin, **self._running}
         asked = [
-            gr.on([self.box.submit, self.send.click], self.ask, [self.box, *given], shown, js=begin, **self._running),
-            self.retry.click(self.ask_again, given, shown, js=begin, **self._running),
+            gr.on([self.box.submit, self.send.click], self.ask, [self.box, *given], shown, **running),
+            self.retry.click(self.ask_again, given, shown, **running),
+            *(pane.edit(self._asking_edited(side), given, shown, **running) for side, pane in enumerate(self.panes)),
         ]
         for event in asked:
             event.then(None, js=f"() => window.fastchat.end('{kind}')", **HIDDEN)
         self.stop.click(None, js=f"() => window.fastchat.end('{kind}')", cancels=asked, **HIDDEN)
         for choice, button in self.votes.items():
             button.click(self._voting(choice), [self.round], [self.round, self.status, *self.heads], **HIDDEN)
+        self.undo.click(self.take_back, [*self.panes, self.round], shown, **HIDDEN)
         self.new_round.click(self.clear, None, shown, cancels=asked, **HIDDEN)
 
     async def ask(
@@ -137,16 +147,48 @@ class ArenaTab:
         self, pane_a: list[Message], pane_b: list[Message], the_round: Round, request: gr.Request, *rest: Any
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """Both answer the last question once more."""
-        if the_round.has_voted:  # the same question, in a round of its own
-            the_round = Round()
-        sides = [pane[:-1] if pane and pane[-1].role == "assistant" else pane for pane in (pane_a, pane_b)]
-        async with aclosing(self._turn(sides, the_round, rest, language_of(request), is_retry=True)) as updates:
+        sides = [up_to_question(pane) for pane in (pane_a, pane_b)]
+        async with aclosing(self._turn_again(sides, the_round, rest, language_of(request))) as updates:
             async for update in updates:
                 yield update
 
-    def clear(self) -> tuple[Any, ...]:
+    def _asking_edited(self, edited: int) -> Callable[..., Any]:
+        async def ask_edited(
+            pane_a: list[Message],
+            pane_b: list[Message],
+            the_round: Round,
+            event: gr.EditData,
+            request: gr.Request,
+            *rest: Any,
+        ) -> AsyncGenerator[tuple[Any, ...], None]:
+            panes = (pane_a, pane_b)
+            number = sum(turn.role == "user" for turn in panes[edited][: event_index(event)])
+            question = Message("user", str(event.value))
+            sides = [[*_before_question(pane, number), question] for pane in panes]
+            async with aclosing(self._turn_again(sides, the_round, rest, language_of(request))) as updates:
+                async for update in updates:
+                    yield update
+
+        return ask_edited
+
+    def take_back(
+        self, pane_a: list[Message], pane_b: list[Message], the_round: Round, request: gr.Request
+    ) -> tuple[Any, ...]:
+        """The last exchange is taken back from both; its question returns to the message box."""
+        sides = [up_to_question(pane) for pane in (pane_a, pane_b)]
+        text = sides[0][-1].text if sides[0] else gr.skip()
+        the_round, headings = replace(the_round, can_vote=False), self._headings(language_of(request))
+        return text, *(turns[:-1] for turns in sides), the_round, "", *headings
+
+    def clear(self, request: gr.Request) -> tuple[Any, ...]:
         """A new round, from nothing."""
-        return "", [], [], Round(), "", "", ""
+        return "", [], [], Round(), "", *self._headings(language_of(request))
+
+    def _headings(self, language: Language, names: Mapping[str, str] | None = None) -> tuple[Any, ...]:
+        """What stands over the sides. Named ones are in their selectors all the time."""
+        if not self._is_blind:
+            return (AS_IT_IS,) * len(SIDES)
+        return tuple(_heading(side, language, (names or {}).get(side, "")) for side in SIDES)
 
     def _voting(self, choice: str) -> Callable[..., Any]:
         async def cast(the_round: Round, request: gr.Request) -> tuple[Any, ...]:
@@ -156,11 +198,17 @@ class ArenaTab:
             except FastChatError as error:
                 text = failure_of(error, "").text(language)
                 return the_round, notice(text, language), gr.skip(), gr.skip()
-            heads = (f"<strong>{escape(names.get(side, ''))}</strong>" for side in SIDES)
             thanks = escape(translate(language, "voted", choice=translate(language, f"vote_{choice}")))
-            return Round(has_voted=True), f'<p class="voted" role="status">{thanks}</p>', *heads
+            told = f'<p class="told voted" role="status">{thanks}</p>'
+            return Round(has_voted=True), told, *self._headings(language, names)
 
         return cast
+
+    def _turn_again(
+        self, sides: Sequence[list[Message]], the_round: Round, rest: Sequence[Any], language: Language
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        """The last turn once more; after a vote the same question begins a round of its own."""
+        return self._turn(sides, Round() if the_round.has_voted else the_round, rest, language, is_retry=True)
 
     async def _turn(
         self,
@@ -180,7 +228,8 @@ class ArenaTab:
         except BadInputError as error:
             yield *(gr.skip(),) * 4, notice(error.failure.text(language), language), gr.skip(), gr.skip()
             return
-        yield "", *sides, replace(the_round, can_vote=False), "", "", ""
+        box = AS_IT_IS if is_retry else ""  # what is being written meanwhile stays
+        yield box, *sides, replace(the_round, can_vote=False), "", *self._headings(language)
         answers = {side: Side() for side in SIDES}
         now = replace(the_round, can_vote=False)
         failures: list[Failure] = []
@@ -207,13 +256,36 @@ class ArenaTab:
         system = settings[0] if isinstance(settings[0], str) else ""
         body = arena_client.turn_body(dict(zip(SIDES, sides, strict=True)), options, system=system)
         if the_round.round_id:
-            body |= {"vote_token": the_round.vote_token, "retry": is_retry}
+            is_last_again = is_retry or not the_round.can_vote  # what was stopped or failed is asked once more
+            body |= {"vote_token": the_round.vote_token, "retry": is_last_again}
             return f"/api/v1/arena/rounds/{the_round.round_id}/turns", body
         if not self._is_blind:
-            if not all(isinstance(model, str) and model for model in models):
-                raise BadInputError(Failure("error_no_model"))
-            body["models"] = list(models)
+            body["models"] = self._checked(models)
         return "/api/v1/arena/rounds", body
+
+    def _checked(self, models: Sequence[Any]) -> list[str]:
+        """The chosen models, which are to be two that are served. Raises `BadInputError`."""
+        names = [model for model in models if isinstance(model, str) and model]
+        if len(names) < len(models):
+            raise BadInputError(Failure("error_no_model"))
+        if len(set(names)) < len(names):
+            raise BadInputError(Failure("error_same_model"))
+        for name in names:
+            if name in self._served.loading:
+                raise BadInputError(Failure("error_loading", {"model": name}))
+        return names
+
+
+def _heading(side: str, language: Language | None = None, name: str = "") -> str:
+    """What stands over a side. Before anybody has asked anything, `page.js` writes the word in the page's language."""
+    word = escape(translate(language, f"side_{side}")) if language else ""
+    return f'<span data-word="side_{side}">{word}</span>' + (f"<strong>{escape(name)}</strong>" if name else "")
+
+
+def _before_question(turns: Sequence[Message], number: int) -> list[Message]:
+    """The turns before the question of that number, counted from 0."""
+    questions = [at for at, turn in enumerate(turns) if turn.role == "user"]
+    return list(turns[: questions[number]] if number < len(questions) else turns)
 
 
 def _take(event: Mapping[str, Any], answers: Mapping[str, Side], now: Round) -> None:
@@ -246,9 +318,14 @@ def _outcome(answers: Mapping[str, Side], now: Round, failures: Sequence[Failure
         for side, answer in answers.items()
         if answer.error is not None
     ]
-    return "".join(notice(text, language) for text in texts) + (_READY if now.can_vote else "")
+    cut_off = [translate(language, f"side_{side}") for side in SIDES if answers[side].finish_reason == "length"]
+    told = translate(language, "cut_off_sides", sides=translate(language, "and").join(cut_off)) if cut_off else ""
+    line = f'<p class="told" role="status">{escape(told)}</p>' if told else ""
+    return "".join(notice(text, language) for text in texts) + line + (_READY if now.can_vote else "")
 
 
 def _reason(error: FastChatError, side: str, language: Language) -> str:
     """Why a side has no answer, without the name of its model."""
+    if isinstance(error, UnavailableError) and error.code == _UNTOLD:
+        return translate(language, "error_untold")
     return failure_of(error, translate(language, f"side_{side}")).text(language)

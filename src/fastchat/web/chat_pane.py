@@ -102,6 +102,18 @@ def chat_pane(**options: Any) -> gr.Chatbot:  # Any: Chatbot's own options
     return pane
 
 
+def up_to_question(turns: Sequence[Message]) -> list[Message]:
+    """The turns up to the last question."""
+    last = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=-1)
+    return list(turns[: last + 1])
+
+
+def event_index(event: gr.RetryData | gr.UndoData | gr.EditData) -> int:
+    """Which message an event is about: a number that a browser sent."""
+    index = event.index[0] if isinstance(event.index, list | tuple) else event.index
+    return index if isinstance(index, int) and index >= 0 else 0
+
+
 def _text_of(message: PaneMessage) -> str:
     if isinstance(message.content, str):
         return message.content

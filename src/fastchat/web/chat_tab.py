@@ -15,7 +15,7 @@ import gradio as gr
 
 from fastchat.web.answering import Answer, Answerer
 from fastchat.web.api_client import AnswerMark, Message
-from fastchat.web.chat_pane import chat_pane
+from fastchat.web.chat_pane import chat_pane, event_index, up_to_question
 from fastchat.web.components import AS_IT_IS, PlainDropdown, PlainHTML, PlainTextbox
 from fastchat.web.failures import BadInputError
 from fastchat.web.judging import JudgeButtons
@@ -143,27 +143,27 @@ class ChatTab:
         self, turns: list[Message], event: gr.RetryData, request: gr.Request, *settings: Any
     ) -> AsyncGenerator[Update, None]:
         """An answer's retry button was pressed."""
-        async for update in self._without_box(_up_to_question(turns[: _index(event) + 1]), settings, request):
+        async for update in self._without_box(up_to_question(turns[: event_index(event) + 1]), settings, request):
             yield update
 
     async def try_again(
         self, turns: list[Message], request: gr.Request, *settings: Any
     ) -> AsyncGenerator[Update, None]:
         """The last question is asked once more."""
-        async for update in self._without_box(_up_to_question(turns), settings, request):
+        async for update in self._without_box(up_to_question(turns), settings, request):
             yield update
 
     async def answer_edited(
         self, turns: list[Message], event: gr.EditData, request: gr.Request, *settings: Any
     ) -> AsyncGenerator[Update, None]:
         """An earlier message was changed: what came after it is answered anew."""
-        edited = [*turns[: _index(event)], Message("user", str(event.value))]
+        edited = [*turns[: event_index(event)], Message("user", str(event.value))]
         async for update in self._without_box(edited, settings, request):
             yield update
 
     def take_back(self, turns: list[Message], event: gr.UndoData) -> Update:
         """The last exchange is taken back; its question returns to the message box."""
-        kept = _up_to_question(turns[: _index(event) + 1])
+        kept = up_to_question(turns[: event_index(event) + 1])
         return (kept[-1].text if kept else ""), kept[:-1], ""
 
     async def _without_box(
@@ -186,18 +186,6 @@ class ChatTab:
         async with aclosing(self._answerer.answer(request)) as answers:
             async for answer in answers:
                 yield [*turns, *_shown(answer, request.model)], _status(answer, language)
-
-
-def _index(event: gr.RetryData | gr.UndoData | gr.EditData) -> int:
-    """Which message an event is about: a number that a browser sent."""
-    index = event.index[0] if isinstance(event.index, list | tuple) else event.index
-    return index if isinstance(index, int) and index >= 0 else 0
-
-
-def _up_to_question(turns: list[Message]) -> list[Message]:
-    """The turns up to the last question."""
-    last = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=-1)
-    return turns[: last + 1]
 
 
 def _shown(answer: Answer, model: str) -> list[Message]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict
 from typing import Any
 
 import structlog
@@ -11,6 +12,7 @@ import structlog
 from fastchat.errors import FastChatError, UnavailableError
 from fastchat.web.api_client import ApiClient
 from fastchat.web.config import ModelListMode
+from fastchat.web.model_states import ModelStates
 
 FRESH_S = 1.5
 """How old a list may be that is shown."""
@@ -23,6 +25,7 @@ class ServedModels:
 
     def __init__(self, client: ApiClient, *, mode: ModelListMode, expected: tuple[str, ...] = ()) -> None:
         self._client = client
+        self._states = ModelStates(client)
         self._mode = mode
         self._expected = expected
         self._seen: set[str] = set()
@@ -38,15 +41,23 @@ class ServedModels:
 
     def as_json(self) -> dict[str, Any]:  # Any: JSON
         """What a browser is told."""
-        return {"models": list(self.names), "loading": list(self.loading), "is_reachable": self.is_reachable}
+        absences = {name: asdict(each) for name, each in self._states.absences.items() if name in self.names}
+        return {
+            "models": list(self.names),
+            "absences": absences,
+            "loading": list(self.loading),
+            "is_reachable": self.is_reachable,
+        }
 
     async def refresh(self) -> None:
         """Ask again, unless that was just done, or the first list is to be kept."""
         async with self._turn:  # browsers that come together share one answer
-            is_fresh = self._asked_at is not None and time.monotonic() - self._asked_at < FRESH_S
-            if is_fresh or (self._mode == "once" and self.names):
+            if self._asked_at is not None and time.monotonic() - self._asked_at < FRESH_S:
                 return
-            await self._ask()
+            if self._mode == "reload" or not self.names:
+                await self._ask()
+            if self.names:
+                await self._states.refresh()
             self._asked_at = time.monotonic()
 
     async def _ask(self) -> None:

@@ -15,13 +15,14 @@ import secrets
 from functools import cache
 from importlib import resources
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastchat.config import is_loopback
 from fastchat.web.translation import LANGUAGES, texts
 
-SCRIPTS = ("basics.js", "models.js", "text.js", "page.js")
+SCRIPTS = ("basics.js", "models.js", "files.js", "text.js", "page.js")
 """In the order in which they run."""
 ASSETS = {"page.css": "text/css", "icon.svg": "image/svg+xml", **dict.fromkeys(SCRIPTS, "text/javascript")}
 _SCRIPT = re.compile(rb"<script(?=[\s>])")
@@ -56,7 +57,7 @@ class PageShell:
             nonlocal start
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                _protect(headers, nonce)
+                _protect(headers, nonce, is_trusted=_is_trusted(scope))
                 if scope["path"].startswith("/assets/") and message["status"] == 200:
                     headers["cache-control"] = _FOR_EVER
                 if headers.get("content-type", "").startswith("text/html"):
@@ -88,12 +89,20 @@ def _without_compression(scope: Scope) -> Scope:
     return {**scope, "headers": headers}
 
 
-def _protect(headers: MutableHeaders, nonce: str) -> None:
+def _is_trusted(scope: Scope) -> bool:
+    """Whether a browser trusts where it is: by TLS, here or at a proxy, or because it is on this machine."""
+    headers = Headers(scope=scope)
+    name = headers.get("host", "").rsplit(":", 1)[0].strip("[]")
+    return "https" in (scope["scheme"], headers.get("x-forwarded-proto")) or is_loopback(name)
+
+
+def _protect(headers: MutableHeaders, nonce: str, *, is_trusted: bool) -> None:
     headers["content-security-policy"] = _POLICY.format(nonce=nonce)
     headers["x-content-type-options"] = "nosniff"
     headers["referrer-policy"] = "no-referrer"
     headers["x-frame-options"] = "SAMEORIGIN"
-    headers["cross-origin-opener-policy"] = "same-origin"
+    if is_trusted:  # elsewhere browsers do not obey it, and complain of it with every visit
+        headers["cross-origin-opener-policy"] = "same-origin"
 
 
 def _rewritten(html: bytes, nonce: str) -> bytes:

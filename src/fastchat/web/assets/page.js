@@ -4,7 +4,8 @@
 (() => {
   const { read, write, remove, word, switchLanguage, make, icon, iconButton, press, tell } = window.fastchat.basics;
   const { askModels, followModels, isServed, drawModelState } = window.fastchat.models;
-  const { chooseModel, modelField, pairFields } = window.fastchat.models;
+  const { chooseModel, noteChosen, modelField, pairFields } = window.fastchat.models;
+  const { JUDGEMENTS, conversationsIn, download } = window.fastchat.files;
   const { calm, label } = window.fastchat.text;
 
   const INDEX = "fastchat.conversations";
@@ -15,7 +16,6 @@
   const SPEED = "fastchat.speed";
   const SAVE_EVERY_MS = 500;
   const ASK_MODELS_EVERY_MS = 2000;
-  const MAX_IMPORT_BYTES = 32 * 1024 * 1024;
 
   // ---- light and dark: chosen here, else the system's -------------------------------------------------------------
 
@@ -72,7 +72,7 @@
   function drawJudging(messages) {
     const answer = messages.at(-1)?.answer ?? null;
     document.body.classList.toggle("can-judge", answer !== null);
-    for (const vote of ["up", "down", "flag"]) {
+    for (const vote of JUDGEMENTS) {
       const button = document.getElementById(`judge-${vote}`);
       button?.setAttribute("aria-pressed", String(answer?.vote === vote));
       button?.toggleAttribute("disabled", Boolean(answer?.vote) && answer.vote !== vote);
@@ -138,7 +138,8 @@
   const NOTHING = { __type__: "update" };
 
   function shownValues(conversation) {
-    const settings = [NOTHING, conversation.system ?? NOTHING, NOTHING, NOTHING, NOTHING, NOTHING];
+    const system = conversation.system === undefined ? NOTHING : (conversation.system ?? "");
+    const settings = [NOTHING, system, NOTHING, NOTHING, NOTHING, NOTHING];
     if (conversation.model && isServed(conversation.model)) settings[0] = conversation.model;
     return [returnToBox, forPane(conversation.messages), "", ...settings];
   }
@@ -170,52 +171,22 @@
 
   function exportAll(ids) {
     save();
-    const conversations = entries()
-      .filter((entry) => ids === null || ids.includes(entry.id))
-      .map((entry) => ({ title: entry.title, updated: entry.updated, ...read(ONE + entry.id, { messages: [] }) }));
-    const document_ = { format: "fastchat-conversations", version: 1, conversations };
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([JSON.stringify(document_, null, 2)], { type: "application/json" }));
-    link.download = `fastchat-${new Date().toISOString().slice(0, 10)}.json`;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  }
-
-  // An export of this page, or what FastChat's !!save writes: {roles: [user, assistant], messages: [[role, text], ...]}.
-  function readImport(found) {
-    const isMessage = (each) => ["user", "assistant"].includes(each?.role) && typeof each.content === "string";
-    if (Array.isArray(found?.roles) && Array.isArray(found.messages)) {
-      const spoken = found.messages.filter((each) => Array.isArray(each) && typeof each[1] === "string");
-      const messages = spoken.map(([role, text]) => ({
-        role: role === found.roles[0] ? "user" : "assistant",
-        content: text,
-      }));
-      return [{ messages, system: typeof found.system_message === "string" ? found.system_message : "" }];
-    }
-    if (found?.format !== "fastchat-conversations" || !Array.isArray(found.conversations)) return [];
-    return found.conversations
-      .filter((each) => Array.isArray(each?.messages) && each.messages.every(isMessage))
-      .map((each) => ({
-        title: typeof each.title === "string" ? each.title.slice(0, 200) : null,
-        messages: each.messages.map(({ role, content }) => ({ role, content })),
-        model: typeof each.model === "string" ? each.model : undefined,
-        system: typeof each.system === "string" ? each.system : "",
-      }));
+    const chosen = entries().filter((entry) => ids === null || ids.includes(entry.id));
+    download(
+      chosen.map(({ id, title, updated }) => ({ title, updated, ...read(ONE + id, { messages: [] }) })),
+    );
   }
 
   async function importFile(file) {
-    let found = [];
-    try {
-      if (file.size <= MAX_IMPORT_BYTES) found = readImport(JSON.parse(await file.text()));
-    } catch {}
-    found = found.filter((each) => each.messages.length > 0);
+    const found = await conversationsIn(file);
     if (found.length === 0) return tell(word("import_failed"));
     const added = [];
-    for (const { title, ...conversation } of found) {
+    for (const { title, updated, ...conversation } of found) {
       const id = newId();
-      if (!write(ONE + id, conversation)) return;
-      added.push({ id, title: title ?? titleOf(conversation.messages), updated: Date.now() });
+      if (!write(ONE + id, conversation)) break;
+      added.push({ id, title: title ?? titleOf(conversation.messages), updated: updated ?? Date.now() });
     }
+    if (added.length === 0) return;
     write(INDEX, [...added, ...entries()]);
     drawList();
     tell(word("imported", { count: added.length }));
@@ -226,7 +197,10 @@
 
   const answeringIn = (kind) => (kind ? `answering-${kind}` : "answering");
 
+  // Whoever asks wants to see the answer: at its end a pane follows what comes.
   function begin(values, kind) {
+    for (const pane of document.querySelectorAll(kind ? `#${kind}-main .bubble-wrap` : "#chat .bubble-wrap"))
+      pane.scrollTop = pane.scrollHeight;
     document.body.classList.add(answeringIn(kind));
     return values;
   }
@@ -246,6 +220,7 @@
 
   function keepSettings(model, system, temperature, topP, maxTokens, seed) {
     if (typeof model === "string" && model) write(MODEL, model);
+    noteChosen(model);
     write(SETTINGS, { temperature, topP, maxTokens, seed });
   }
 
@@ -260,6 +235,7 @@
     const values = shownValues(conversation ?? { messages: [] });
     const model = chooseModel(wanted ?? conversation?.model ?? read(MODEL, null));
     drawAll();
+    noteChosen(model);
     openTab();
     setInterval(followModels, ASK_MODELS_EVERY_MS);
     return [
@@ -370,18 +346,33 @@
     place.append(make("label", {}, box, word("show_speed")));
   }
 
+  // Ctrl+Enter sends what is written, also the earlier message that is edited; Escape leaves that one as it was.
+  function useKeys(event) {
+    if (event.key === "Escape") document.body.classList.remove("list-open");
+    const box = event.target.closest?.(".edit-textarea, :is(#message, .message-box) textarea");
+    const isSent = event.key === "Enter" && (event.ctrlKey || event.metaKey);
+    const isEdit = box?.matches(".edit-textarea");
+    if (!box || event.isComposing || !(isSent || (isEdit && event.key === "Escape"))) return;
+    event.preventDefault();
+    if (!isEdit) press(box.closest("#message, .message-box").id.replace("message", "send"));
+    else box.closest("#chat, .pane").querySelector(`[aria-label="${word(isSent ? "submit" : "cancel")}"]`)?.click();
+  }
+
   function watch() {
     new MutationObserver((changes) => {
       if (!changes.some((change) => change.addedNodes.length > 0)) return;
       const chat = document.getElementById("tabs");
       if (chat) label(chat);
       for (const pane of document.querySelectorAll("[data-testid='bot'], [data-testid='user']")) calm(pane);
+      for (const place of document.querySelectorAll("[data-word]:empty:not(.message *)"))
+        place.textContent = word(place.dataset.word);
       drawSpeedSwitch();
     }).observe(document.body, { childList: true, subtree: true });
     new MutationObserver(applyTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });
     darkSystem.addEventListener("change", applyTheme);
+    document.addEventListener("keydown", useKeys);
     document.body.addEventListener("click", (event) => {
-      const target = event.target.closest?.("[data-press]");
+      const target = event.target.closest?.(":is(#status, .status) [data-press]"); // never one of a model's own
       if (target) press(target.dataset.press);
       else if (!event.target.closest?.("#sidebar, #bar-start")) document.body.classList.remove("list-open");
     });

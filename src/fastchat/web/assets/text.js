@@ -24,6 +24,8 @@
       if (/url|image|src|@|\\|position\s*:\s*(fixed|sticky|absolute)/i.test(element.getAttribute("style")) && !element.closest(".katex"))
         element.removeAttribute("style");
     }
+    // A name of ours would give it our looks, and some of ours lie over everything.
+    for (const element of root.querySelectorAll("[id]")) if (!element.closest(".katex, svg")) element.removeAttribute("id");
     for (const element of root.querySelectorAll("[background]")) element.removeAttribute("background");
     for (const diagram of root.querySelectorAll(".mermaid:not([data-processed])")) {
       diagram.replaceWith(make("pre", {}, make("code", {}, diagram.textContent)));
