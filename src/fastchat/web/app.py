@@ -26,6 +26,7 @@ from fastchat.web.login import LoginGate
 from fastchat.web.served_models import ServedModels
 from fastchat.web.shared_config import SharedConfig
 from fastchat.web.shell import ASSETS, PageShell, asset_response
+from fastchat.web.streamed_blocks import StreamedBlocks
 from fastchat.web.theme import page_theme
 from fastchat.web.translation import gradio_tables, label
 
@@ -75,7 +76,7 @@ def _blocks(config: PageConfig, client: ApiClient, models: ServedModels) -> gr.B
     answerer = Answerer(client)
     chat = ChatTab(models, answerer, JudgeButtons(client), max_answers=config.max_answers)
     compare, battle = (ArenaTab(kind, models, client, answerer, max_answers=config.max_answers) for kind in ARENA_KINDS)
-    blocks = gr.Blocks(analytics_enabled=False, title="FastChat", fill_width=True)
+    blocks = StreamedBlocks(analytics_enabled=False, title="FastChat", fill_width=True)
     blocks.default_config = SharedConfig(blocks)
     with blocks:
         gr.HTML('<div id="page-end"></div>', elem_id="page-end-box", js_on_load=None, apply_default_css=False)
