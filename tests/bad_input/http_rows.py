@@ -1,7 +1,5 @@
 """P01 to P13 and P38: what is wrong before any field is looked at."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib

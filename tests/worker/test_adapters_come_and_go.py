@@ -19,60 +19,11 @@ from fastchat.worker.config import EngineSpec, ModelSpec
 from tests.adapters import modules_of, write_lora, write_merged
 from tests.checkpoints import write_checkpoint
 from tests.processes import free_port, run_command
+from tests.worker.adapter_system import BASE, PATH, PROMPT, Stream, System
 from tests.worker.conftest import TOKEN, serving, wait_until, worker_config
 from tests.worker.test_prefix_tuning import write_prefix
 
-PATH = "/api/v1/models"
-BASE = "chatglm2-6b"
-PROMPT = list(range(30, 50))
 ENGINE = EngineSpec(device="cpu", dtype="float32", kv_cache_bytes=2**22, max_running=8, adapter_reserve_bytes=2**20)
-
-
-class System:
-    """Two workers of one base, one with its engine in a process of its own, behind one API server with keys."""
-
-    def __init__(self, url, keys, workers, restarted_controller):
-        self.url, self.keys, self.workers = url, keys, workers
-        self.restarted_controller = restarted_controller
-
-    def ask(self, method, path, key="operator", **options):
-        headers = {"authorization": f"Bearer {self.keys[key]}"}
-        return httpx2.request(method, self.url + path, headers=headers, timeout=60, **options)
-
-    def add(self, name, path=None, *, base=BASE, worker=None, **options):
-        query = f"?worker={worker.runtime.worker_id}" if worker else ""
-        body = {"name": name} if path is None else {"name": name, "path": str(path)}
-        return self.ask("POST", f"{PATH}/{base}/adapters{query}", json=body, **options)
-
-    def remove(self, name, *, base=BASE, worker=None, **options):
-        query = f"?worker={worker.runtime.worker_id}" if worker else ""
-        return self.ask("DELETE", f"{PATH}/{base}/adapters/{name}{query}", **options)
-
-    def complete(self, model, **options):
-        body = {"model": model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True, **options}
-        return self.ask("POST", "/v1/completions", "client", json=body)
-
-    def text(self, model, **options):
-        answer = self.complete(model, **options)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["choices"][0]["text"]
-
-    def names(self):
-        return {card["id"] for card in self.ask("GET", "/v1/models").json()["data"]}
-
-    def rows(self, base=BASE):
-        return [row for row in self.ask("GET", PATH).json()["data"] if row["id"] == base]
-
-    def code(self, answer):
-        return answer.status_code, answer.json()["error"]["code"]
-
-    def cleared(self):
-        """No adapter is left of what a test added."""
-        for worker in self.workers:
-            (row,) = (row for row in self.rows() if row["worker"] == worker.runtime.worker_id)
-            for name in row["adapters"]:
-                assert self.remove(name, worker=worker).status_code == 200
-        wait_until(lambda: self.names() == {BASE, "vicuna-7b-v1.3"})
 
 
 @pytest.fixture(scope="module")
@@ -228,31 +179,6 @@ def test_a_lost_adapter_does_not_keep_its_base_from_waking(system, folders):
 def write_lora_copy(folder, folders):
     write_lora(folder, folders / BASE, modules_of("chatglm2"), seed=7)
     return folder
-
-
-class Stream:
-    """A long stream, read by a thread; `text` waits for its end."""
-
-    def __init__(self, system, model, worker):
-        self._begun = threading.Event()
-        self.lines = []
-        body = {"model": model, "prompt": PROMPT, "max_tokens": 300, "temperature": 0, "ignore_eos": True}
-        self._thread = threading.Thread(target=self._read, args=(worker, {**body, "stream": True}))
-        self._thread.start()
-        assert self._begun.wait(60)
-
-    def _read(self, worker, body):
-        headers = {"authorization": f"Bearer {TOKEN}"}
-        with httpx2.stream("POST", f"{worker.url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
-            for line in answer.iter_lines():
-                self.lines.append(line)
-                self._begun.set()
-
-    def text(self):
-        self._thread.join(60)
-        chunks = [orjson.loads(line[6:]) for line in self.lines if line.startswith("data: {")]
-        assert self.lines[-2] == "data: [DONE]"
-        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["thread", "process"])
