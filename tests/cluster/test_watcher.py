@@ -59,6 +59,14 @@ def test_workers_are_kept_while_they_register_with_a_new_controller(watcher, clo
     assert ids(watcher) == {"w1"}
 
 
+def test_who_registered_with_a_new_controller_and_left_it_is_gone_at_once(watcher):
+    """Nothing of it is kept from the earlier table."""
+    watcher._take(line("a", 5, "w1", "w2"))
+    watcher._take(line("b", 1, "w1"))
+    watcher._take(line("b", 2))
+    assert ids(watcher) == {"w2"}
+
+
 def test_same_controller_is_believed_at_once(watcher):
     """Carrying over is for restarts alone."""
     watcher._take(line("a", 1, "w1", "w2"))

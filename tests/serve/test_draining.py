@@ -87,10 +87,16 @@ class Parts:
         self.api = self._running("openai_api_server", address, api_flags)
         self.worker_id = get(f"{self.worker.url}/livez")["worker_id"]
         deadline = time.monotonic() + 60
-        while [row["worker"] for row in get(f"{self.api.url}/api/v1/models")["data"]] != [self.worker_id]:
+        while self._known_workers() != [self.worker_id]:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         return self
+
+    def _known_workers(self):
+        try:
+            return [row["worker"] for row in get(f"{self.api.url}/api/v1/models")["data"]]
+        except urllib.error.HTTPError:  # one that was just started has no table yet
+            return []
 
     def _running(self, module, always, flags):
         process, its_flags = self._started.get(module, (None, None))

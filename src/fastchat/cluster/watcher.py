@@ -104,15 +104,10 @@ class TableWatcher:
             self._carried, self._carried_until = self.snapshot.workers, now + CARRY_OVER_S
         elif now > self._carried_until:
             self._carried = ()
-        merged = _with_carried(fresh, self._carried)
+        registered = {worker.worker_id for worker in fresh.workers}
+        self._carried = tuple(worker for worker in self._carried if worker.worker_id not in registered)
+        merged = fresh.model_copy(update={"workers": fresh.workers + self._carried}) if self._carried else fresh
         if merged != self.snapshot:
             self.snapshot = merged
             announced, self._changed = self._changed, asyncio.Event()
             announced.set()
-
-
-def _with_carried(fresh: TableSnapshot, carried: tuple[WorkerEntry, ...]) -> TableSnapshot:
-    """`fresh`, and of an earlier controller's workers those that have not registered again."""
-    known = {worker.worker_id for worker in fresh.workers}
-    missing = tuple(worker for worker in carried if worker.worker_id not in known)
-    return fresh.model_copy(update={"workers": fresh.workers + missing}) if missing else fresh
