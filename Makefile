@@ -33,10 +33,11 @@ test-clients: venv
 peers: venv
 	$(BIN)/python benchmarks/peers/environments.py
 
-# Every figure of docs/performance.md: about half an hour on a machine that does nothing else.
+# Every figure of docs/performance.md: about three quarters of an hour on a machine that does nothing else.
 bench: venv
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/curves.py
+	$(BIN)/python -m benchmarks.relay --json .benchmarks/relay.json
 	$(BIN)/python benchmarks/report.py
 
 # ChatGLM2-6B's real shape, for the same page: 13 GB on disk in .peers, 15 GB of memory.

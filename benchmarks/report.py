@@ -1,4 +1,4 @@
-"""Make docs/performance.md and its plots from what `compare.py` and `curves.py` have written.
+"""Make docs/performance.md and its plots from the figures of `compare.py`, `curves.py`, `real_shape.py` and `relay.py`.
 
 python benchmarks/report.py
 python benchmarks/report.py --figures .benchmarks/fast --docs .benchmarks/fast     somewhere else
@@ -188,6 +188,32 @@ def real_shape_section(runs: Sequence[Figures]) -> Iterator[str]:
     yield table([*head, "long prompt, s (tokens)", "then, tokens/s"], rows)
 
 
+def relay_section(relay: Figures) -> Iterator[str]:
+    """API server and controller before canned workers (`relay.py`)."""
+    yield "## Relaying\n"
+    names = list(relay)
+    many = relay[names[0]]["many_streams"]
+    yield (
+        "API server and controller alone, before workers that answer from a can, with the clients on the same cores; "
+        f"CPU is that of both processes. {many['streams']} streams of 20 events/s at once: {many['errors']} errors, "
+        f"{many['memory_kib_per_stream']:.0f} KiB each, {many['gap_ms_p50']:.0f} ms between events (p99 "
+        f"{many['gap_ms_p99']:.0f} ms), {many['cpu_us_per_token']:.0f} us of CPU for each.\n"
+    )
+    rows = {
+        "whole answers/s, 32 connections": [each["whole_answers_per_s"] for each in relay.values()],
+        "streamed tokens/s, 32 streams": [each["streamed_tokens_per_s"] for each in relay.values()],
+        "added time to the first token, ms": [each["added_first_token_ms"] for each in relay.values()],
+        "CPU for a whole answer, ms": [each["cpu_ms_per_whole_answer"] for each in relay.values()],
+    }
+    for length in relay[names[0]]["cpu_us_per_streamed_token"]:
+        title = f"CPU for a streamed token, answers of {length} tokens, us"
+        rows[title] = [each["cpu_us_per_streamed_token"][length] for each in relay.values()]
+    yield table(
+        ["", *names, "ratio"],
+        ([title, *(f"{value:,.1f}" for value in row), f"{row[0] / row[-1]:.2f}"] for title, row in rows.items()),
+    )
+
+
 def curves_section(curves: Figures) -> Iterator[str]:
     """Our engine alone, over the whole range."""
     yield "## Curves\n"
@@ -322,7 +348,9 @@ def _line(medians: Medians, name: str, metric: str) -> list[tuple[float, float]]
     return [(streams, figures[metric]) for (each, streams), figures in medians.items() if each == name]
 
 
-def page(comparison: Figures, curves: Figures | None, real_shapes: Sequence[Figures] = ()) -> str:
+def page(
+    comparison: Figures, curves: Figures | None, real_shapes: Sequence[Figures] = (), relay: Figures | None = None
+) -> str:
     """The whole document."""
     medians = medians_of(comparison["turns"], "contestant")
     parts = [HEAD, *machine_section(comparison), *goals_section(medians), *figures_section(medians)]
@@ -331,6 +359,8 @@ def page(comparison: Figures, curves: Figures | None, real_shapes: Sequence[Figu
         parts += curves_section(curves)
     if real_shapes:
         parts += real_shape_section(real_shapes)
+    if relay is not None:
+        parts += relay_section(relay)
     return "\n".join(parts)
 
 
@@ -348,7 +378,9 @@ def main() -> None:
         for name, text in plots(comparison, curves).items():
             (flags.docs / "images" / name).write_text(text)
     real_shapes = [json.loads(file.read_text()) for file in sorted(flags.figures.glob("real-shape-*.json"))]
-    text = page(comparison, curves, real_shapes)
+    relay_file = flags.figures / "relay.json"
+    relay = json.loads(relay_file.read_text()) if relay_file.exists() else None
+    text = page(comparison, curves, real_shapes, relay)
     (flags.docs / "performance.md").write_text(text)
     print(text)
 
