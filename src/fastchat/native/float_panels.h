@@ -7,13 +7,13 @@
 
 // As in panels.h, but a register holds one input of each of 16 columns, in float32. A panel has a part of the inputs at a
 // time, the sums of the parts before wait in memory.
-constexpr int64_t PART_INPUTS = 512, X_STRIDE = PART_INPUTS + 16, PANELS_TOGETHER = 4, BLOCK_ROWS = 512;
+constexpr int64_t PART_INPUTS = 512, X_STRIDE = PART_INPUTS + 16, BLOCK_ROWS = 512;
 constexpr int64_t MIN_FLOAT_PANEL_ROWS = 64;
 constexpr int FLOAT_PANEL_ROWS = 12;
 
 struct FloatPanels {
-    float panels[PANELS_TOGETHER][PART_INPUTS * PANEL_COLUMNS];
-    float sums[PANELS_TOGETHER][BLOCK_ROWS * PANEL_COLUMNS];
+    float panels[MAX_PANELS][PART_INPUTS * PANEL_COLUMNS];
+    float sums[MAX_PANELS][BLOCK_ROWS * PANEL_COLUMNS];
     float x[FLOAT_PANEL_ROWS * X_STRIDE];
 };
 
@@ -105,13 +105,11 @@ INLINE void multiply_some_float_panels(
 INLINE void multiply_float_panels(
     const BFloat16* weight, const BFloat16* x, int64_t num_rows, int64_t num_inputs, int64_t num_threads,
     const Output& to) {
-    const int64_t num_panels = (to.num_columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
-    const int64_t fair = (num_panels + 4 * num_threads - 1) / (4 * num_threads);
-    const int64_t together = std::max<int64_t>(1, std::min(fair, PANELS_TOGETHER));
-    for_each((num_panels + together - 1) / together, num_threads, [&](int64_t chunk) {
-        const int64_t first = chunk * together;
+    const PanelShare share(to.num_columns, sizeof(FloatPanels::panels[0]), num_threads);
+    for_each(share.num_chunks, num_threads, [&](int64_t chunk) {
+        const int64_t first = chunk * share.together;
         multiply_some_float_panels(
-            weight, x, num_rows, num_inputs, first, std::min(num_panels, first + together), to,
+            weight, x, num_rows, num_inputs, first, std::min(share.num_panels, first + share.together), to,
             *panel_scratch.take<FloatPanels>(1));
     });
 }

@@ -3,11 +3,12 @@
 // Compiled on first use by build.py for one of two instruction sets, "avx512" (AVX-512 with VNNI, and BF16 where there
 // is) or "avx2"; called through ctypes by the Python modules beside it, which check shapes and types. Every output
 // number is computed by one thread in an order that depends only on its own row, so results do not depend on the
-// number of threads nor on the other rows of a batch (in bfloat16 products: but for whether there are many). Threads are
+// number of threads nor on the other rows of a batch (with bfloat16 and int4 weights: but for whether there are many). Threads are
 // those of torch's own OpenMP.
 
 #include "chunks.h"
 #include "float_panels.h"
+#include "int4_panels.h"
 #include "layers.h"
 #include "stored_weights.h"
 
@@ -91,7 +92,12 @@ void fastchat_multiply_int4(
     int64_t element, const void* x, const uint8_t* weight, const float* scales, const void* bias, void* output,
     int64_t num_rows, int64_t num_columns, int64_t num_inputs, int64_t num_groups, int64_t num_threads) {
     const QuantizedRows rows = quantize(element, x, num_rows, num_inputs, true, num_threads);
-    multiply_int4(rows, weight, scales, {element, output, bias, num_columns}, num_rows, num_groups, num_threads);
+    const Output to{element, output, bias, num_columns};
+#if defined(__AVX512VNNI__)
+    if (num_rows >= MIN_INT4_PANEL_ROWS)
+        return multiply_int4_panels(rows, weight, scales, to, num_rows, num_groups, num_threads);
+#endif
+    multiply_int4(rows, weight, scales, to, num_rows, num_groups, num_threads);
 }
 
 // A weight (num_rows, num_inputs) to the stored forms of products.py.
