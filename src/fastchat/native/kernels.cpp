@@ -3,8 +3,8 @@
 // Compiled on first use by build.py for one of two instruction sets, "avx512" (AVX-512 with VNNI, and BF16 where there
 // is) or "avx2"; called through ctypes by the Python modules beside it, which check shapes and types. Every output
 // number is computed by one thread in an order that depends only on its own row, so results do not depend on the
-// number of threads nor on the other rows of a batch (with bfloat16 and int4 weights: but for whether there are many). Threads are
-// those of torch's own OpenMP.
+// number of threads nor on the other rows of a batch (with bfloat16 and int4 weights: but for whether there are many).
+// Threads are those of torch's own OpenMP.
 
 #include "chunks.h"
 #include "float_panels.h"
