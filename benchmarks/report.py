@@ -35,9 +35,9 @@ HEAD = """\
 
 <!-- Made by benchmarks/report.py from measured figures; do not edit. -->
 
-Everything here is measured by one command, `make bench`, and every figure is written by a script. `make peers` installs
-the other engines first, each into an environment of its own; one that is not installed is named as not run. Shared
-machines drift: compare figures of one table, which were taken in turns, and run the command yourself.
+Everything here is measured by `make bench`, and the model of real size by `make bench-6b`; every figure is written by a
+script. `make peers` installs the other engines first, each into an environment of its own; one that is not installed is
+named as not run. Shared machines drift: compare figures of one table, which were taken in turns, and measure yourself.
 """
 
 

@@ -17,7 +17,6 @@ SHAPES = [  # rows, inputs, outputs
     (17, 61, 200),
     (70, 320, 77),
     (300, 2048, 9),
-    (530, 530, 45),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}

@@ -3,13 +3,11 @@
 // Compiled on first use by build.py for one of two instruction sets, "avx512" (AVX-512 with VNNI, and BF16 where there
 // is) or "avx2"; called through ctypes by the Python modules beside it, which check shapes and types. Every output
 // number is computed by one thread in an order that depends only on its own row, so results do not depend on the
-// number of threads nor on the other rows of a batch (with bfloat16 and int4 weights: but for whether there are many).
-// Threads are those of torch's own OpenMP.
+// number of threads nor on the other rows of a batch. Threads are those of torch's own OpenMP.
 
 #include "chunks.h"
-#include "float_panels.h"
-#include "int4_panels.h"
 #include "layers.h"
+#include "panels.h"
 #include "stored_weights.h"
 
 // The sum of x[i] w[i].
@@ -65,11 +63,6 @@ void fastchat_multiply(
     int64_t element, const void* x, const void* weight, const void* bias, void* output, int64_t num_rows,
     int64_t num_columns, int64_t num_inputs, int64_t num_threads) {
     const Output to{element, output, bias, num_columns};
-#if defined(__AVX512VNNI__)
-    if (element == BFLOAT16 && num_rows >= MIN_FLOAT_PANEL_ROWS)
-        return multiply_float_panels(
-            static_cast<const BFloat16*>(weight), static_cast<const BFloat16*>(x), num_rows, num_inputs, num_threads, to);
-#endif
     if (element == BFLOAT16) multiply_float<DotBFloat16>(x, weight, to, num_rows, num_inputs, num_threads);
     else if (element == FLOAT32) multiply_float<DotWidened<float>>(x, weight, to, num_rows, num_inputs, num_threads);
     else multiply_float<DotWidened<Float16>>(x, weight, to, num_rows, num_inputs, num_threads);
@@ -92,12 +85,7 @@ void fastchat_multiply_int4(
     int64_t element, const void* x, const uint8_t* weight, const float* scales, const void* bias, void* output,
     int64_t num_rows, int64_t num_columns, int64_t num_inputs, int64_t num_groups, int64_t num_threads) {
     const QuantizedRows rows = quantize(element, x, num_rows, num_inputs, true, num_threads);
-    const Output to{element, output, bias, num_columns};
-#if defined(__AVX512VNNI__)
-    if (num_rows >= MIN_INT4_PANEL_ROWS)
-        return multiply_int4_panels(rows, weight, scales, to, num_rows, num_groups, num_threads);
-#endif
-    multiply_int4(rows, weight, scales, to, num_rows, num_groups, num_threads);
+    multiply_int4(rows, weight, scales, {element, output, bias, num_columns}, num_rows, num_groups, num_threads);
 }
 
 // A weight (num_rows, num_inputs) to the stored forms of products.py.

@@ -1,4 +1,4 @@
-// Products of many rows with int8 weights: the same whole sums as in products.h, and so the same bits, twice as fast.
+// Products of many rows with int8 weights: the same whole sums as in products.h, and so the same bits, at twice the speed.
 #pragma once
 
 #include "quantized.h"
@@ -9,22 +9,9 @@
 // that sums need no adding up of lanes. A panel serves tiles of up to PANEL_ROWS rows of x.
 constexpr int64_t PANEL_COLUMNS = 32, GROUP_COLUMNS = 16, MIN_PANEL_ROWS = 16;
 constexpr int PANEL_ROWS = 8;
-constexpr int64_t MAX_PANELS = 4;
 constexpr int64_t PANELS_BYTES = 512 * 1024;  // of one thread, to stay in a core's second cache
 
 thread_local Scratch panel_scratch;
-
-// How the panels of W are given out: as many at a time as stay in the cache, with several turns for every thread.
-struct PanelShare {
-    int64_t num_panels, together, num_chunks;
-
-    PanelShare(int64_t num_columns, int64_t panel_bytes, int64_t num_threads) {
-        num_panels = (num_columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
-        const int64_t fair = (num_panels + 4 * num_threads - 1) / (4 * num_threads);
-        together = std::max<int64_t>(1, std::min({fair, PANELS_BYTES / panel_bytes, MAX_PANELS}));
-        num_chunks = (num_panels + together - 1) / together;
-    }
-};
 
 // 16 by 16 words of 32 bits.
 INLINE void transpose(Bytes (&words)[16]) {
@@ -125,11 +112,13 @@ INLINE void multiply_panels(
     const int8_t* weight, const QuantizedRows& x, int64_t num_rows, int64_t num_columns, int64_t num_inputs,
     int64_t num_threads, const Int8Result& to) {
     const PanelResult result{to};
+    const int64_t num_panels = (num_columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
     const int64_t panel_bytes = PANEL_COLUMNS * x.stride;
-    const PanelShare share(num_columns, panel_bytes, num_threads);
-    for_each(share.num_chunks, num_threads, [&](int64_t chunk) {
-        const int64_t first = chunk * share.together, last = std::min(share.num_panels, first + share.together);
-        int8_t* panels = panel_scratch.take<int8_t>(share.together * panel_bytes);
+    const int64_t fair = (num_panels + 4 * num_threads - 1) / (4 * num_threads);
+    const int64_t together = std::max<int64_t>(1, std::min({fair, PANELS_BYTES / panel_bytes, int64_t(4)}));
+    for_each((num_panels + together - 1) / together, num_threads, [&](int64_t chunk) {
+        const int64_t first = chunk * together, last = std::min(num_panels, first + together);
+        int8_t* panels = panel_scratch.take<int8_t>(together * panel_bytes);
         for (int64_t panel = first; panel < last; panel++)
             fill_panel(weight, panel * PANEL_COLUMNS, num_columns, num_inputs, panels + (panel - first) * panel_bytes);
         Cut::tiles(0, num_rows, PANEL_ROWS, [&](int64_t row, int64_t tile_rows) {

@@ -7,9 +7,9 @@ T rows, K inputs, N outputs, G inputs per group; rows are float32, bfloat16 or f
     int4   packed (N, K' / 2) uint8, scales (N, K' / G) float32; G is 32 or a multiple of 64
 
 For int8 and int4 the rows are quantized too, each with its own scale; `torch_products` defines the stored forms and the
-results. The C++ kernels give a row the same numbers alone and in any batch, at any number of threads (plain and int4
-products of more than `MAX_ROWS` rows may add up in another order, some plain ones in torch); int8 results are those of
-`torch_products` bit for bit. They read a weight as torch holds it: there is one copy for every row count.
+results. The C++ kernels give a row the same numbers alone and in any batch, at any number of threads (above `MAX_ROWS`
+some plain products are torch's); int8 results are those of `torch_products` bit for bit. They read a weight as torch
+holds it: there is one copy for every row count.
 """
 
 from __future__ import annotations
