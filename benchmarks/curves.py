@@ -1,6 +1,6 @@
 """Our engine over the whole range, not at a few points: streams, length of the prompt, context, aborts, two models.
 
-    python benchmarks/curves.py            about ten minutes
+    python benchmarks/curves.py            about twenty minutes
     python benchmarks/curves.py --fast     two minutes
 
 The three forms of weights take turns, as in `compare.py`. Writes JSON; `report.py` makes the plots.
