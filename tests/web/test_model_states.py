@@ -33,6 +33,12 @@ def test_the_nearest_replica_counts_for_all_names():
     assert absences({"data": rows}) == {"a": asleep, "also-a": asleep, "b": Absence("loading", 50), "d": asleep}
 
 
+def test_an_adapter_sleeps_with_its_base():
+    """It is asked for by its own name, and no row is its own."""
+    document = {"data": [row("base", "asleep") | {"adapters": ["style"]}]}
+    assert absences(document) == dict.fromkeys(("base", "style"), Absence("asleep", 0))
+
+
 @pytest.mark.parametrize(
     "document",
     [None, [], {}, {"data": None}, {"data": [1, {}, {"id": 5, "state": "asleep"}, {"id": "a", "state": []}]}],

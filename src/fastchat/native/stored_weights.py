@@ -25,38 +25,21 @@ def can_store(source: Tensor, held: Tensor) -> bool:
 
 def store_int8(source: Tensor, weight: Tensor, scales: Tensor) -> None:
     """(N, K) of a float type into int8 (N, K) and float32 (N,); a scale is not finite where a value is not."""
-    _check(source, weight, scales)
-    library = kernels()
-    assert library is not None
-    library.fastchat_store_int8(
-        ELEMENTS[source.dtype],
-        source.data_ptr(),
-        weight.data_ptr(),
-        scales.data_ptr(),
-        *source.shape,
-        torch.get_num_threads(),
-    )
+    _store("fastchat_store_int8", source, weight, scales)
 
 
 def store_int4(source: Tensor, packed: Tensor, scales: Tensor) -> None:
     """(N, K) of a float type into uint8 (N, K' / 2) and float32 (N, K' / G); scales as in `store_int8`."""
-    _check(source, packed, scales)
+    _store("fastchat_store_int4", source, packed, scales, packed.shape[1] * 2 // scales.shape[1])
+
+
+def _store(kernel: str, source: Tensor, held: Tensor, scales: Tensor, *sizes: int) -> None:
     library = kernels()
     assert library is not None
-    library.fastchat_store_int4(
-        ELEMENTS[source.dtype],
-        source.data_ptr(),
-        packed.data_ptr(),
-        scales.data_ptr(),
-        *source.shape,
-        packed.shape[1] * 2 // scales.shape[1],
-        torch.get_num_threads(),
-    )
-
-
-def _check(source: Tensor, held: Tensor, scales: Tensor) -> None:
     assert source.is_contiguous()
     assert held.is_contiguous()
     assert scales.is_contiguous()
     assert scales.dtype == torch.float32
     assert len(source) == len(held) == len(scales)
+    addresses = source.data_ptr(), held.data_ptr(), scales.data_ptr()
+    getattr(library, kernel)(ELEMENTS[source.dtype], *addresses, *source.shape, *sizes, torch.get_num_threads())

@@ -168,9 +168,8 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
 
     Where `fastchat serve` started this process, that line is handed to it, to be said last and once.
     """
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # as stderr does: a model's name may not exist in the locale's encoding
+    # As stderr does: a model's name may not exist in the locale's encoding.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         watch_parent()

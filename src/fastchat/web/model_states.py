@@ -79,7 +79,7 @@ def _rows(document: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _names(row: Mapping[str, Any]) -> Iterator[str]:
-    aliases = row.get("aliases")
-    yield from (
-        name for name in (row.get("id"), *(aliases if isinstance(aliases, list) else ())) if isinstance(name, str)
-    )
+    """The model's own, and those of the adapters that come and go with it."""
+    lists = (row.get("aliases"), row.get("adapters"))
+    names = (row.get("id"), *(name for names in lists if isinstance(names, list) for name in names))
+    yield from (name for name in names if isinstance(name, str))
