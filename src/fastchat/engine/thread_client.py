@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from fastchat.engine.client import CLOSE_TIMEOUT_S, ENGINE_THREAD_NAME, EngineCl
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_loop import Abort, EngineLoop, Stop
 from fastchat.engine.events import EngineStats, SequenceEvent, SequenceRequest
+from fastchat.engine.freed_memory import give_back_freed_memory
 from fastchat.engine.turns import Turns
 from fastchat.errors import EngineError, FastChatError
 
@@ -65,8 +65,7 @@ class ThreadEngineClient(EngineClient):
             self._end(EngineError("the engine was closed"))
         else:
             await asyncio.to_thread(self._thread.join)
-            # An engine and its parts know each other, and together they hold all the weights.
-            await asyncio.to_thread(gc.collect)
+            await asyncio.to_thread(give_back_freed_memory)
 
     @property
     def stats(self) -> EngineStats:

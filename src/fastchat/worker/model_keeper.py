@@ -8,7 +8,6 @@ routes.
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +17,7 @@ import structlog
 
 from fastchat.engine.client import EngineClient
 from fastchat.engine.events import EngineStats
+from fastchat.engine.freed_memory import give_back_freed_memory
 from fastchat.errors import EngineError, FastChatError
 from fastchat.worker.residency import Action, LeaveReason, Load, Place, Residency, Ticket
 
@@ -214,7 +214,7 @@ class ModelKeeper:
         await engine.close()
         del engine
         # What was read before it failed is held by the failure's traceback and in circles, and its room is wanted.
-        await asyncio.to_thread(gc.collect)
+        await asyncio.to_thread(give_back_freed_memory)
         self.residency.load_failed(key, failure)
         self.on_load(key, None)
 
