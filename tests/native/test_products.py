@@ -123,6 +123,23 @@ def test_a_row_is_the_same_alone_and_among_others(form, num_threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(19, 64, 33), (20, 33, 1), (25, 450, 16), (213, 130, 47)], ids=str)
+def test_many_rows_have_the_bits_of_few(form, num_threads, dtype, sizes):
+    """As many as prompts have: tiles and blocks that are not full, panels that are not, and a bias."""
+    if form == "torch":
+        pytest.skip("torch's float sums are ordered by shape")
+    rows, weight, bias = draw(*sizes, dtype)
+    int4 = [draw_int4(sizes[2], sizes[1], group_size) for group_size in (32, 64)]
+    for multiply in (
+        lambda rows: products.multiply(rows, weight, bias),
+        *(lambda rows, int4=each: products.multiply_int4(rows, *int4, bias) for each in int4),
+    ):
+        together = multiply(rows)
+        for index in range(0, len(rows), 6):
+            assert torch.equal(together[index : index + 6], multiply(rows[index : index + 6]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_zeros_and_no_rows(form, dtype):
     """A row of zeros gives zeros; no rows give no rows; rows that lie apart in memory are read rightly."""
     for name, multiply in every_product(128, 9, dtype).items():

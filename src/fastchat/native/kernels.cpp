@@ -6,8 +6,8 @@
 // number of threads nor on the other rows of a batch. Threads are those of torch's own OpenMP.
 
 #include "chunks.h"
+#include "lane_panels.h"
 #include "layers.h"
-#include "panels.h"
 #include "stored_weights.h"
 
 // The sum of x[i] w[i].
@@ -63,6 +63,15 @@ void fastchat_multiply(
     int64_t element, const void* x, const void* weight, const void* bias, void* output, int64_t num_rows,
     int64_t num_columns, int64_t num_inputs, int64_t num_threads) {
     const Output to{element, output, bias, num_columns};
+#if defined(__AVX512F__)
+    if (num_rows >= MIN_TILED_ROWS && (element != BFLOAT16 || !HAS_PAIR_PRODUCTS))
+        return with_element(element, [&](auto zero) {
+            typedef const decltype(zero)* Pointer;
+            const FloatWords<decltype(zero)> words{
+                static_cast<Pointer>(weight), static_cast<Pointer>(x), to, num_inputs};
+            multiply_lane_panels(words, num_rows, num_threads);
+        });
+#endif
     if (element == BFLOAT16) multiply_float<DotBFloat16>(x, weight, to, num_rows, num_inputs, num_threads);
     else if (element == FLOAT32) multiply_float<DotWidened<float>>(x, weight, to, num_rows, num_inputs, num_threads);
     else multiply_float<DotWidened<Float16>>(x, weight, to, num_rows, num_inputs, num_threads);
@@ -85,7 +94,13 @@ void fastchat_multiply_int4(
     int64_t element, const void* x, const uint8_t* weight, const float* scales, const void* bias, void* output,
     int64_t num_rows, int64_t num_columns, int64_t num_inputs, int64_t num_groups, int64_t num_threads) {
     const QuantizedRows rows = quantize(element, x, num_rows, num_inputs, true, num_threads);
-    multiply_int4(rows, weight, scales, {element, output, bias, num_columns}, num_rows, num_groups, num_threads);
+    const Output to{element, output, bias, num_columns};
+#if defined(__AVX512VNNI__)
+    if (num_rows >= MIN_TILED_ROWS)
+        return multiply_lane_panels(
+            Int4Words{weight, rows, scales, to, rows.stride / UNIT, num_groups}, num_rows, num_threads);
+#endif
+    multiply_int4(rows, weight, scales, to, num_rows, num_groups, num_threads);
 }
 
 // A weight (num_rows, num_inputs) to the stored forms of products.py.

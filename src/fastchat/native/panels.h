@@ -57,39 +57,16 @@ INLINE void fill_panel(
     }
 }
 
-// Sixteen results of one row, at most `count` of them wanted.
-struct PanelResult {
-    const Int8Result& to;
-
-    template <class Element>
-    INLINE void keep_as(int64_t row, int64_t column, int64_t count, Bytes sums) const {
-        sums = _mm512_sub_epi32(sums, _mm512_set1_epi32(DotInt8::OFFSET * to.row_sums[row]));
-        const Element* bias = to.output.bias ? static_cast<const Element*>(to.output.bias) + column : nullptr;
-        Element* out = static_cast<Element*>(to.output.values) + row * to.output.num_columns + column;
-        const Floats scaled = _mm512_cvtepi32_ps(sums) * fill(to.row_scales[row]);
-        if (count >= GROUP_COLUMNS) {
-            const Floats results = scaled * load(to.scales + column);
-            store(out, bias ? results + load(bias) : results);
-            return;
-        }
-        alignas(64) float results[GROUP_COLUMNS];
-        store(results, scaled);
-        for (int64_t c = 0; c < count; c++) {
-            results[c] *= to.scales[column + c];
-            put(out + c, bias ? results[c] + to_float(bias[c]) : results[c]);
-        }
-    }
-    INLINE void keep(int64_t row, int64_t column, int64_t count, Bytes sums) const {
-        if (count <= 0) return;
-        if (to.output.element == BFLOAT16) keep_as<BFloat16>(row, column, count, sums);
-        else if (to.output.element == FLOAT32) keep_as<float>(row, column, count, sums);
-        else keep_as<Float16>(row, column, count, sums);
-    }
-};
+// Sixteen results of one row.
+INLINE void keep_sixteen(const Int8Result& to, int64_t row, int64_t column, Bytes sums) {
+    sums = _mm512_sub_epi32(sums, _mm512_set1_epi32(DotInt8::OFFSET * to.row_sums[row]));
+    const Floats scales = _mm512_maskz_loadu_ps(first_lanes(to.output.num_columns - column), to.scales + column);
+    to.output.put_sixteen(row, column, _mm512_cvtepi32_ps(sums) * fill(to.row_scales[row]) * scales);
+}
 
 template <int ROWS>
 INLINE void multiply_panel(
-    const int8_t* panel, const int8_t* x, int64_t x_stride, int64_t row, int64_t column, const PanelResult& result) {
+    const int8_t* panel, const int8_t* x, int64_t x_stride, int64_t row, int64_t column, const Int8Result& to) {
     Bytes first[ROWS], second[ROWS];
     UNROLL for (int r = 0; r < ROWS; r++) first[r] = second[r] = DotInt8::zero();
     for (int64_t k = 0; k < x_stride; k += 4) {
@@ -101,17 +78,15 @@ INLINE void multiply_panel(
             second[r] = _mm512_dpbusd_epi32(second[r], high, _mm512_set1_epi32(four));
         }
     }
-    const int64_t count = result.to.output.num_columns - column;
     UNROLL for (int r = 0; r < ROWS; r++) {
-        result.keep(row + r, column, count, first[r]);
-        result.keep(row + r, column + GROUP_COLUMNS, count - GROUP_COLUMNS, second[r]);
+        keep_sixteen(to, row + r, column, first[r]);
+        keep_sixteen(to, row + r, column + GROUP_COLUMNS, second[r]);
     }
 }
 
 INLINE void multiply_panels(
     const int8_t* weight, const QuantizedRows& x, int64_t num_rows, int64_t num_columns, int64_t num_inputs,
     int64_t num_threads, const Int8Result& to) {
-    const PanelResult result{to};
     const int64_t num_panels = (num_columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
     const int64_t panel_bytes = PANEL_COLUMNS * x.stride;
     const int64_t fair = (num_panels + 4 * num_threads - 1) / (4 * num_threads);
@@ -126,7 +101,7 @@ INLINE void multiply_panels(
                 with_rows<PANEL_ROWS>(tile_rows, [&](auto rows) {
                     multiply_panel<decltype(rows)::value>(
                         panels + (panel - first) * panel_bytes, x.values + row * x.stride, x.stride, row,
-                        panel * PANEL_COLUMNS, result);
+                        panel * PANEL_COLUMNS, to);
                 });
         });
     });

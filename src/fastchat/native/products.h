@@ -9,6 +9,12 @@
 
 constexpr int COLUMNS = 4;  // rows of W per tile
 
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIR_PRODUCTS = true;
+#else
+constexpr bool HAS_PAIR_PRODUCTS = false;
+#endif
+
 struct DotBFloat16 {
     typedef BFloat16 Weight;
     typedef Floats Sum;
@@ -154,6 +160,23 @@ struct Output {
         else if (element == FLOAT32) put_as<float>(row, column, results);
         else put_as<Float16>(row, column, results);
     }
+#if defined(__AVX512F__)
+    template <class Element>
+    INLINE void put_sixteen_as(int64_t row, int64_t column, Floats results) const {
+        Element* to = static_cast<Element*>(values) + row * num_columns + column;
+        const Element* added = bias ? static_cast<const Element*>(bias) + column : nullptr;
+        if (num_columns - column >= 16) return store(to, added ? results + load(added) : results);
+        alignas(64) float each[16];
+        store(each, results);
+        for (int64_t c = 0; c < num_columns - column; c++) put(to + c, added ? each[c] + to_float(added[c]) : each[c]);
+    }
+    void put_sixteen(int64_t row, int64_t column, Floats results) const __attribute__((noinline)) {
+        if (column >= num_columns) return;
+        if (element == BFLOAT16) put_sixteen_as<BFloat16>(row, column, results);
+        else if (element == FLOAT32) put_sixteen_as<float>(row, column, results);
+        else put_sixteen_as<Float16>(row, column, results);
+    }
+#endif
 };
 
 // What becomes of the sums of one row of x with four rows of W.
@@ -184,17 +207,17 @@ struct Int8Result {
     }
 };
 
-// Calls use(Rows<num_rows>()).
+// Calls use(Rows<num_rows>()), which is built for MIN to MAX rows.
 template <int ROWS>
 struct Rows { static constexpr int value = ROWS; };
 
-template <int MAX, class Use>
+template <int MAX, int MIN = 1, class Use>
 INLINE void with_rows(int64_t num_rows, const Use& use) {
-    if constexpr (MAX == 1) {
-        use(Rows<1>());
+    if constexpr (MAX == MIN) {
+        use(Rows<MIN>());
     } else {
         if (num_rows == MAX) use(Rows<MAX>());
-        else with_rows<MAX - 1>(num_rows, use);
+        else with_rows<MAX - 1, MIN>(num_rows, use);
     }
 }
 

@@ -7,9 +7,9 @@ T rows, K inputs, N outputs, G inputs per group; rows are float32, bfloat16 or f
     int4   packed (N, K' / 2) uint8, scales (N, K' / G) float32; G is 32 or a multiple of 64
 
 For int8 and int4 the rows are quantized too, each with its own scale; `torch_products` defines the stored forms and the
-results. The C++ kernels give a row the same numbers alone and in any batch, at any number of threads (above `MAX_ROWS`
-some plain products are torch's); int8 results are those of `torch_products` bit for bit. They read a weight as torch
-holds it: there is one copy for every row count.
+results. The C++ kernels give a row the same bits alone and in any batch, at any number of threads; int8 results are
+those of `torch_products` bit for bit. They read a weight as torch holds it: there is one copy for every row count.
+Above `MAX_ROWS` rows torch multiplies plain weights where it has faster instructions than we use.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from fastchat.native.torch_products import UNIT, pack_int4, quantize_rows, unpac
 __all__ = ["multiply", "multiply_int4", "multiply_int8", "pack_int4", "quantize_rows", "unpack_int4"]
 
 MAX_ROWS = 32
-"""Up to here our product is the faster one for every type (measured); above it torch's is, but for bfloat16 on CPUs
-without matrix tiles (AMX)."""
+"""Up to here our plain products are faster than torch's on every CPU (measured)."""
 
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -121,7 +120,9 @@ def _can_take(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _are_for_torch(rows: Tensor) -> bool:
-    return rows.shape[0] > MAX_ROWS and (rows.dtype != torch.bfloat16 or "amx_bf16" in cpu_flags())
+    if rows.shape[0] <= MAX_ROWS:
+        return False
+    return "amx_bf16" in cpu_flags() if rows.dtype == torch.bfloat16 else "avx512vnni" not in cpu_flags()
 
 
 def _result(rows: Tensor, num_outputs: int, out: Tensor | None) -> Tensor:

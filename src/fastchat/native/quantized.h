@@ -97,6 +97,14 @@ QuantizedRows quantize(
     return rows;
 }
 
+#if defined(__AVX512F__)
+// A unit's nibbles in order, each in a byte.
+INLINE Bytes unpacked(__m256i packed) {
+    const Bytes both = _mm512_srlv_epi64(_mm512_broadcast_i64x4(packed), _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
+    return _mm512_and_si512(both, _mm512_set1_epi8(15));
+}
+#endif
+
 // The weight of one tile in int4. A unit of 64 inputs is 32 bytes: input i in the low nibble of byte i, 32 + i in the
 // high one, both raised by 8, which `unit_sums` takes back. Each unit's whole sums are scaled in float32 lane by lane.
 template <int ROWS, bool HAS_SMALL_GROUPS>
@@ -112,9 +120,7 @@ INLINE void multiply_int4_tile(
             fetch(from, ahead);
             const float* scale = scales[c] + group;
 #if defined(__AVX512VNNI__)
-            __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-            both = _mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
-            __m512i weight = _mm512_and_si512(both, _mm512_set1_epi8(15));
+            __m512i weight = unpacked(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
             Floats factor = HAS_SMALL_GROUPS
                 ? _mm512_insertf32x8(fill(scale[0]), _mm256_set1_ps(scale[1]), 1)
                 : fill(scale[0]);

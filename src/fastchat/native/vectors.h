@@ -94,6 +94,9 @@ INLINE Floats load(const Float16* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 INLINE Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
+INLINE __mmask16 first_lanes(int64_t count) {  // `count` of them, none below 1
+    return static_cast<__mmask16>(count >= 16 ? 0xffff : count < 1 ? 0 : (1 << count) - 1);
+}
 INLINE Bytes raise_by_16(Bytes words) { return _mm512_slli_epi32(words, 16); }
 INLINE Bytes keep_high_16(Bytes words) { return _mm512_and_si512(words, _mm512_set1_epi32(~0xffff)); }
 INLINE Floats as_floats(Bytes words) { return _mm512_castsi512_ps(words); }

@@ -1,0 +1,209 @@
+// Products of many rows with weights of plain numbers and of int4: the sums of products.h and quantized.h in their order,
+// and so the same bits, from panels.
+#pragma once
+
+#include "panels.h"
+
+#if defined(__AVX512F__)
+
+// With few rows lane l of a sum takes in word l of each step (a float32, a pair of bfloat16, four int4), and the lanes
+// are added up at the end. Here 16 columns have their lane l in one register, one lane after the other; so a panel holds
+// for each lane its words of all steps, and x, cut into tiles of rows, is arranged likewise.
+// MIN_TILED_ROWS and more rows make tiles of MIN_TILE_ROWS to TILE_ROWS rows of nearly equal height.
+constexpr int TILE_ROWS = 12, MIN_TILE_ROWS = 8, NUM_LEVELS = 4;
+constexpr int64_t MIN_TILED_ROWS = 20, BLOCK_TILES = 16, LEVEL_SIZE = BLOCK_TILES * TILE_ROWS * PANEL_COLUMNS;
+constexpr int64_t LANE_ORDER[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // in which sum_four adds them
+
+// Sixteen words, zeros past the first `count` elements.
+INLINE Bytes some_words(const BFloat16* from, int64_t count) {
+    return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, from);
+}
+INLINE Bytes some_words(const float* from, int64_t count) { return _mm512_maskz_loadu_epi32(first_lanes(count), from); }
+INLINE Bytes some_words(const Float16* from, int64_t count) {
+    return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from)));
+}
+
+// Words of float32, or pairs of bfloat16: a row of x has two numbers for such a word.
+template <class Element>
+struct FloatWords {
+    static constexpr int NUMBERS = std::is_same_v<Element, BFloat16> ? 2 : 1;
+    static constexpr int64_t STEP = 16 * NUMBERS;
+    const Element *weight, *x;
+    Output output;
+    int64_t num_inputs, num_steps = (num_inputs + STEP - 1) / STEP, num_scales = 0;
+
+    INLINE Bytes weight_words(int64_t column, int64_t step) const {
+        return some_words(weight + column * num_inputs + step * STEP, num_inputs - step * STEP);
+    }
+    INLINE void x_words(int64_t row, int64_t step, Bytes (&words)[NUMBERS]) const {
+        const Bytes both = some_words(x + row * num_inputs + step * STEP, num_inputs - step * STEP);
+        words[0] = NUMBERS == 1 ? both : raise_by_16(both);
+        if constexpr (NUMBERS == 2) words[1] = keep_high_16(both);
+    }
+    INLINE float scale(int64_t, int64_t) const { return 1.0f; }
+
+    template <int ROWS>
+    INLINE void sum_lane(
+        int64_t, const int32_t* panel, const float*, const int32_t* tile, Floats (&first)[ROWS],
+        Floats (&second)[ROWS]) const {
+        const float* x_values = reinterpret_cast<const float*>(tile);
+        for (int64_t step = 0; step < num_steps; step++, panel += PANEL_COLUMNS) {
+            const Bytes low = load_bytes(panel), high = load_bytes(panel + GROUP_COLUMNS);
+            UNROLL for (int number = 0; number < NUMBERS; number++, x_values += ROWS) {
+                const bool is_even = NUMBERS == 2 && number == 0;
+                const Floats low_values = as_floats(is_even ? raise_by_16(low) : NUMBERS == 2 ? keep_high_16(low) : low);
+                const Floats high_values = as_floats(is_even ? raise_by_16(high) : NUMBERS == 2 ? keep_high_16(high) : high);
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    first[r] = fma(low_values, fill(x_values[r]), first[r]);
+                    second[r] = fma(high_values, fill(x_values[r]), second[r]);
+                }
+            }
+        }
+    }
+    INLINE void keep(int64_t row, int64_t column, Floats sums) const { output.put_sixteen(row, column, sums); }
+};
+
+// Words of four int4, each in a byte and raised by 8; a row of x has four int8 for it, and what takes back the 8.
+struct Int4Words {
+    static constexpr int NUMBERS = 2;
+    const uint8_t* weight;
+    const QuantizedRows& x;
+    const float* scales;
+    Output output;
+    int64_t num_steps, num_scales;
+
+    INLINE Bytes weight_words(int64_t column, int64_t step) const {
+        const uint8_t* from = weight + (column * num_steps + step) * UNIT / 2;
+        return unpacked(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    INLINE void x_words(int64_t row, int64_t step, Bytes (&words)[NUMBERS]) const {
+        const int64_t place = row * x.stride + step * UNIT;
+        words[0] = load_bytes(x.values + place);
+        words[1] = load_bytes(x.unit_sums + place / 4);
+    }
+    INLINE float scale(int64_t column, int64_t group) const { return scales[column * num_scales + group]; }
+
+    template <int ROWS>
+    INLINE void sum_lane(
+        int64_t lane, const int32_t* panel, const float* factors, const int32_t* tile, Floats (&first)[ROWS],
+        Floats (&second)[ROWS]) const {
+        const bool has_small_groups = num_scales > num_steps;
+        const int64_t steps_per_group = has_small_groups ? 1 : num_steps / num_scales;
+        const int64_t groups_apart = has_small_groups ? 2 * PANEL_COLUMNS : PANEL_COLUMNS;
+        if (has_small_groups && lane >= 8) factors += PANEL_COLUMNS;
+        for (int64_t step = 0; step < num_steps; factors += groups_apart) {
+            const Floats low_factor = load(factors), high_factor = load(factors + GROUP_COLUMNS);
+            for (const int64_t end = step + steps_per_group; step < end; step++, panel += PANEL_COLUMNS, tile += 2 * ROWS) {
+                const Bytes low = load_bytes(panel), high = load_bytes(panel + GROUP_COLUMNS);
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    const Bytes four = _mm512_set1_epi32(tile[r]), start = _mm512_set1_epi32(tile[ROWS + r]);
+                    const Bytes low_sum = _mm512_dpbusd_epi32(start, low, four);
+                    const Bytes high_sum = _mm512_dpbusd_epi32(start, high, four);
+                    first[r] = fma(_mm512_cvtepi32_ps(low_sum), low_factor, first[r]);
+                    second[r] = fma(_mm512_cvtepi32_ps(high_sum), high_factor, second[r]);
+                }
+            }
+        }
+    }
+    INLINE void keep(int64_t row, int64_t column, Floats sums) const {
+        output.put_sixteen(row, column, sums * fill(x.scales[row]));
+    }
+};
+
+// (lane, step, number, row) of one tile of x.
+template <class Words>
+void arrange_tile(const Words& words, int64_t first_row, int64_t num_rows, int32_t* to) {
+    for (int64_t step = 0; step < words.num_steps; step++) {
+        Bytes lanes[Words::NUMBERS][16];
+        for (int64_t r = 0; r < 16; r++) {
+            Bytes numbers[Words::NUMBERS];
+            words.x_words(first_row + std::min(r, num_rows - 1), step, numbers);
+            UNROLL for (int number = 0; number < Words::NUMBERS; number++) lanes[number][r] = numbers[number];
+        }
+        UNROLL for (int number = 0; number < Words::NUMBERS; number++) {
+            transpose(lanes[number]);
+            for (int64_t lane = 0; lane < 16; lane++)
+                _mm512_mask_storeu_epi32(
+                    to + ((lane * words.num_steps + step) * Words::NUMBERS + number) * num_rows, first_lanes(num_rows),
+                    lanes[number][lane]);
+        }
+    }
+}
+
+// (lane, step, column), and behind it (group, column) of scales; a column past the last is the last one again.
+template <class Words>
+void fill_lane_panel(const Words& words, int64_t column, int32_t* panel, float* factors) {
+    const int64_t last = words.output.num_columns - 1;
+    for (int64_t group = 0; group < PANEL_COLUMNS; group += GROUP_COLUMNS)
+        for (int64_t step = 0; step < words.num_steps; step++) {
+            Bytes lanes[16];
+            UNROLL for (int c = 0; c < 16; c++) lanes[c] = words.weight_words(std::min(column + group + c, last), step);
+            transpose(lanes);
+            UNROLL for (int lane = 0; lane < 16; lane++)
+                _mm512_store_si512(panel + (lane * words.num_steps + step) * PANEL_COLUMNS + group, lanes[lane]);
+        }
+    for (int64_t c = 0; c < PANEL_COLUMNS; c++)
+        for (int64_t group = 0; group < words.num_scales; group++)
+            factors[group * PANEL_COLUMNS + c] = words.scale(std::min(column + c, last), group);
+}
+
+// Adds the lane whose turn it is. Sums of the lanes so far wait in `levels` (NUM_LEVELS, rows, columns), each for its equal.
+template <int ROWS, class Words>
+INLINE void add_lane(
+    const Words& words, int64_t turn, const int32_t* panel, const float* factors, const int32_t* arranged, int64_t row,
+    int64_t column, float* levels) {
+    const int64_t lane = LANE_ORDER[turn], lane_size = words.num_steps * Words::NUMBERS;
+    Floats first[ROWS], second[ROWS];
+    UNROLL for (int r = 0; r < ROWS; r++) first[r] = second[r] = zeros();
+    words.template sum_lane<ROWS>(
+        lane, panel + lane * words.num_steps * PANEL_COLUMNS, factors,
+        arranged + (row * 16 + lane * ROWS) * lane_size, first, second);
+    for (; turn & 1; turn >>= 1, levels += LEVEL_SIZE)
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            first[r] = load(levels + r * PANEL_COLUMNS) + first[r];
+            second[r] = load(levels + r * PANEL_COLUMNS + GROUP_COLUMNS) + second[r];
+        }
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        if (lane == LANE_ORDER[15]) {
+            words.keep(row + r, column, first[r]);
+            words.keep(row + r, column + GROUP_COLUMNS, second[r]);
+        } else {
+            store(levels + r * PANEL_COLUMNS, first[r]);
+            store(levels + r * PANEL_COLUMNS + GROUP_COLUMNS, second[r]);
+        }
+    }
+}
+
+thread_local Scratch rows_scratch;
+
+template <class Words>
+void multiply_lane_panels(const Words& words, int64_t num_rows, int64_t num_threads) {
+    const int64_t num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS, num_words = 16 * words.num_steps;
+    const auto first_row = [&](int64_t tile) { return num_rows * tile / num_tiles; };
+    int32_t* arranged = rows_scratch.take<int32_t>(num_rows * num_words * Words::NUMBERS);
+    for_each(num_tiles, num_threads, [&](int64_t tile) {
+        const int64_t row = first_row(tile);
+        arrange_tile(words, row, first_row(tile + 1) - row, arranged + row * num_words * Words::NUMBERS);
+    });
+    const int64_t num_columns = words.output.num_columns;
+    for_each((num_columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS, num_threads, [&](int64_t number) {
+        const int64_t column = number * PANEL_COLUMNS;
+        float* levels = panel_scratch.take<float>(
+            NUM_LEVELS * LEVEL_SIZE + (num_words + words.num_scales) * PANEL_COLUMNS);
+        float* factors = levels + NUM_LEVELS * LEVEL_SIZE;
+        int32_t* panel = reinterpret_cast<int32_t*>(factors + words.num_scales * PANEL_COLUMNS);
+        fill_lane_panel(words, column, panel, factors);
+        for (int64_t block = 0; block < num_tiles; block += BLOCK_TILES)
+            for (int64_t turn = 0; turn < 16; turn++)
+                for (int64_t tile = block; tile < std::min(num_tiles, block + BLOCK_TILES); tile++) {
+                    const int64_t row = first_row(tile);
+                    with_rows<TILE_ROWS, MIN_TILE_ROWS>(first_row(tile + 1) - row, [&](auto rows) {
+                        add_lane<decltype(rows)::value>(
+                            words, turn, panel, factors, arranged, row, column,
+                            levels + (row - first_row(block)) * PANEL_COLUMNS);
+                    });
+                }
+    });
+}
+
+#endif
