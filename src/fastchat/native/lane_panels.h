@@ -8,10 +8,12 @@
 
 // With few rows lane l of a sum takes in word l of each step (a float32, a pair of bfloat16, four int4), and the lanes
 // are added up at the end. Here 16 columns have their lane l in one register, one lane after the other; so a panel holds
-// for each lane its words of all steps, and x, cut into tiles of rows, is arranged likewise.
+// for each lane its words of all steps, in the numbers that are multiplied, and x, cut into tiles of rows, is arranged
+// likewise.
 // MIN_TILED_ROWS and more rows make tiles of MIN_TILE_ROWS to TILE_ROWS rows of nearly equal height.
 constexpr int TILE_ROWS = 12, MIN_TILE_ROWS = 8, NUM_LEVELS = 4;
-constexpr int64_t MIN_TILED_ROWS = 20, BLOCK_TILES = 16, LEVEL_SIZE = BLOCK_TILES * TILE_ROWS * PANEL_COLUMNS;
+constexpr int64_t MIN_TILED_ROWS = 20, MAX_BLOCK_TILES = 8;
+constexpr int64_t LEVEL_SIZE = MAX_BLOCK_TILES * TILE_ROWS * PANEL_COLUMNS;
 constexpr int64_t LANE_ORDER[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // in which sum_four adds them
 
 // Sixteen words, zeros past the first `count` elements.
@@ -23,11 +25,11 @@ INLINE Bytes some_words(const Float16* from, int64_t count) {
     return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from)));
 }
 
-// Words of float32, or pairs of bfloat16: a row of x has two numbers for such a word.
+// Words of one number or, in bfloat16, of two; both are float32 in panels and tiles.
 template <class Element>
 struct FloatWords {
-    static constexpr int NUMBERS = std::is_same_v<Element, BFloat16> ? 2 : 1;
-    static constexpr int64_t STEP = 16 * NUMBERS;
+    static constexpr int X_NUMBERS = std::is_same_v<Element, BFloat16> ? 2 : 1, W_NUMBERS = X_NUMBERS;
+    static constexpr int64_t STEP = 16 * X_NUMBERS;
     const Element *weight, *x;
     Output output;
     int64_t num_inputs, num_steps = (num_inputs + STEP - 1) / STEP, num_scales = 0;
@@ -35,10 +37,12 @@ struct FloatWords {
     INLINE Bytes weight_words(int64_t column, int64_t step) const {
         return some_words(weight + column * num_inputs + step * STEP, num_inputs - step * STEP);
     }
-    INLINE void x_words(int64_t row, int64_t step, Bytes (&words)[NUMBERS]) const {
-        const Bytes both = some_words(x + row * num_inputs + step * STEP, num_inputs - step * STEP);
-        words[0] = NUMBERS == 1 ? both : raise_by_16(both);
-        if constexpr (NUMBERS == 2) words[1] = keep_high_16(both);
+    static INLINE void split(Bytes words, Bytes (&numbers)[W_NUMBERS]) {
+        numbers[0] = W_NUMBERS == 1 ? words : raise_by_16(words);
+        if constexpr (W_NUMBERS == 2) numbers[1] = keep_high_16(words);
+    }
+    INLINE void x_numbers(int64_t row, int64_t step, Bytes (&numbers)[X_NUMBERS]) const {
+        split(some_words(x + row * num_inputs + step * STEP, num_inputs - step * STEP), numbers);
     }
     INLINE float scale(int64_t, int64_t) const { return 1.0f; }
 
@@ -47,16 +51,12 @@ struct FloatWords {
         int64_t, const int32_t* panel, const float*, const int32_t* tile, Floats (&first)[ROWS],
         Floats (&second)[ROWS]) const {
         const float* x_values = reinterpret_cast<const float*>(tile);
-        for (int64_t step = 0; step < num_steps; step++, panel += PANEL_COLUMNS) {
-            const Bytes low = load_bytes(panel), high = load_bytes(panel + GROUP_COLUMNS);
-            UNROLL for (int number = 0; number < NUMBERS; number++, x_values += ROWS) {
-                const bool is_even = NUMBERS == 2 && number == 0;
-                const Floats low_values = as_floats(is_even ? raise_by_16(low) : NUMBERS == 2 ? keep_high_16(low) : low);
-                const Floats high_values = as_floats(is_even ? raise_by_16(high) : NUMBERS == 2 ? keep_high_16(high) : high);
-                UNROLL for (int r = 0; r < ROWS; r++) {
-                    first[r] = fma(low_values, fill(x_values[r]), first[r]);
-                    second[r] = fma(high_values, fill(x_values[r]), second[r]);
-                }
+        for (int64_t k = 0; k < num_steps * W_NUMBERS; k++, panel += PANEL_COLUMNS, x_values += ROWS) {
+            const Floats low = as_floats(load_bytes(panel)), high = as_floats(load_bytes(panel + GROUP_COLUMNS));
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                const Floats value = fill(x_values[r]);
+                first[r] = fma(low, value, first[r]);
+                second[r] = fma(high, value, second[r]);
             }
         }
     }
@@ -65,7 +65,8 @@ struct FloatWords {
 
 // Words of four int4, each in a byte and raised by 8; a row of x has four int8 for it, and what takes back the 8.
 struct Int4Words {
-    static constexpr int NUMBERS = 2;
+    static constexpr int X_NUMBERS = 2, W_NUMBERS = 1;
+    static INLINE void split(Bytes words, Bytes (&numbers)[W_NUMBERS]) { numbers[0] = words; }
     const uint8_t* weight;
     const QuantizedRows& x;
     const float* scales;
@@ -76,10 +77,10 @@ struct Int4Words {
         const uint8_t* from = weight + (column * num_steps + step) * UNIT / 2;
         return unpacked(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
-    INLINE void x_words(int64_t row, int64_t step, Bytes (&words)[NUMBERS]) const {
+    INLINE void x_numbers(int64_t row, int64_t step, Bytes (&numbers)[X_NUMBERS]) const {
         const int64_t place = row * x.stride + step * UNIT;
-        words[0] = load_bytes(x.values + place);
-        words[1] = load_bytes(x.unit_sums + place / 4);
+        numbers[0] = load_bytes(x.values + place);
+        numbers[1] = load_bytes(x.unit_sums + place / 4);
     }
     INLINE float scale(int64_t column, int64_t group) const { return scales[column * num_scales + group]; }
 
@@ -114,23 +115,23 @@ struct Int4Words {
 template <class Words>
 void arrange_tile(const Words& words, int64_t first_row, int64_t num_rows, int32_t* to) {
     for (int64_t step = 0; step < words.num_steps; step++) {
-        Bytes lanes[Words::NUMBERS][16];
+        Bytes lanes[Words::X_NUMBERS][16];
         for (int64_t r = 0; r < 16; r++) {
-            Bytes numbers[Words::NUMBERS];
-            words.x_words(first_row + std::min(r, num_rows - 1), step, numbers);
-            UNROLL for (int number = 0; number < Words::NUMBERS; number++) lanes[number][r] = numbers[number];
+            Bytes numbers[Words::X_NUMBERS];
+            words.x_numbers(first_row + std::min(r, num_rows - 1), step, numbers);
+            UNROLL for (int number = 0; number < Words::X_NUMBERS; number++) lanes[number][r] = numbers[number];
         }
-        UNROLL for (int number = 0; number < Words::NUMBERS; number++) {
+        UNROLL for (int number = 0; number < Words::X_NUMBERS; number++) {
             transpose(lanes[number]);
             for (int64_t lane = 0; lane < 16; lane++)
                 _mm512_mask_storeu_epi32(
-                    to + ((lane * words.num_steps + step) * Words::NUMBERS + number) * num_rows, first_lanes(num_rows),
+                    to + ((lane * words.num_steps + step) * Words::X_NUMBERS + number) * num_rows, first_lanes(num_rows),
                     lanes[number][lane]);
         }
     }
 }
 
-// (lane, step, column), and behind it (group, column) of scales; a column past the last is the last one again.
+// (lane, step, number, column), and (group, column) of the scales; a column past the last is the last one again.
 template <class Words>
 void fill_lane_panel(const Words& words, int64_t column, int32_t* panel, float* factors) {
     const int64_t last = words.output.num_columns - 1;
@@ -139,8 +140,13 @@ void fill_lane_panel(const Words& words, int64_t column, int32_t* panel, float* 
             Bytes lanes[16];
             UNROLL for (int c = 0; c < 16; c++) lanes[c] = words.weight_words(std::min(column + group + c, last), step);
             transpose(lanes);
-            UNROLL for (int lane = 0; lane < 16; lane++)
-                _mm512_store_si512(panel + (lane * words.num_steps + step) * PANEL_COLUMNS + group, lanes[lane]);
+            UNROLL for (int lane = 0; lane < 16; lane++) {
+                Bytes numbers[Words::W_NUMBERS];
+                Words::split(lanes[lane], numbers);
+                UNROLL for (int i = 0; i < Words::W_NUMBERS; i++)
+                    _mm512_store_si512(
+                        panel + ((lane * words.num_steps + step) * Words::W_NUMBERS + i) * PANEL_COLUMNS + group, numbers[i]);
+            }
         }
     for (int64_t c = 0; c < PANEL_COLUMNS; c++)
         for (int64_t group = 0; group < words.num_scales; group++)
@@ -152,11 +158,11 @@ template <int ROWS, class Words>
 INLINE void add_lane(
     const Words& words, int64_t turn, const int32_t* panel, const float* factors, const int32_t* arranged, int64_t row,
     int64_t column, float* levels) {
-    const int64_t lane = LANE_ORDER[turn], lane_size = words.num_steps * Words::NUMBERS;
+    const int64_t lane = LANE_ORDER[turn], lane_size = words.num_steps * Words::X_NUMBERS;
     Floats first[ROWS], second[ROWS];
     UNROLL for (int r = 0; r < ROWS; r++) first[r] = second[r] = zeros();
     words.template sum_lane<ROWS>(
-        lane, panel + lane * words.num_steps * PANEL_COLUMNS, factors,
+        lane, panel + lane * words.num_steps * Words::W_NUMBERS * PANEL_COLUMNS, factors,
         arranged + (row * 16 + lane * ROWS) * lane_size, first, second);
     for (; turn & 1; turn >>= 1, levels += LEVEL_SIZE)
         UNROLL for (int r = 0; r < ROWS; r++) {
@@ -180,22 +186,24 @@ template <class Words>
 void multiply_lane_panels(const Words& words, int64_t num_rows, int64_t num_threads) {
     const int64_t num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS, num_words = 16 * words.num_steps;
     const auto first_row = [&](int64_t tile) { return num_rows * tile / num_tiles; };
-    int32_t* arranged = rows_scratch.take<int32_t>(num_rows * num_words * Words::NUMBERS);
+    int32_t* arranged = rows_scratch.take<int32_t>(num_rows * num_words * Words::X_NUMBERS);
     for_each(num_tiles, num_threads, [&](int64_t tile) {
         const int64_t row = first_row(tile);
-        arrange_tile(words, row, first_row(tile + 1) - row, arranged + row * num_words * Words::NUMBERS);
+        arrange_tile(words, row, first_row(tile + 1) - row, arranged + row * num_words * Words::X_NUMBERS);
     });
-    const int64_t num_columns = words.output.num_columns;
+    const int64_t num_columns = words.output.num_columns, panel_size = num_words * Words::W_NUMBERS * PANEL_COLUMNS;
+    // A panel that fills much of a core's second cache is read once for several tiles.
+    const int64_t block_tiles = panel_size * int64_t(sizeof(int32_t)) <= PANELS_BYTES ? 1 : MAX_BLOCK_TILES;
     for_each((num_columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS, num_threads, [&](int64_t number) {
         const int64_t column = number * PANEL_COLUMNS;
         float* levels = panel_scratch.take<float>(
-            NUM_LEVELS * LEVEL_SIZE + (num_words + words.num_scales) * PANEL_COLUMNS);
+            NUM_LEVELS * LEVEL_SIZE + words.num_scales * PANEL_COLUMNS + panel_size);
         float* factors = levels + NUM_LEVELS * LEVEL_SIZE;
         int32_t* panel = reinterpret_cast<int32_t*>(factors + words.num_scales * PANEL_COLUMNS);
         fill_lane_panel(words, column, panel, factors);
-        for (int64_t block = 0; block < num_tiles; block += BLOCK_TILES)
+        for (int64_t block = 0; block < num_tiles; block += block_tiles)
             for (int64_t turn = 0; turn < 16; turn++)
-                for (int64_t tile = block; tile < std::min(num_tiles, block + BLOCK_TILES); tile++) {
+                for (int64_t tile = block; tile < std::min(num_tiles, block + block_tiles); tile++) {
                     const int64_t row = first_row(tile);
                     with_rows<TILE_ROWS, MIN_TILE_ROWS>(first_row(tile + 1) - row, [&](auto rows) {
                         add_lane<decltype(rows)::value>(
