@@ -189,6 +189,22 @@ def test_a_name_is_tried_at_each_of_its_addresses():
     assert asyncio.run(run()) == b"whole"
 
 
+def test_workers_that_are_gone_are_forgotten():
+    """One whose connections are all closed, when the next new one is asked; one with a connection is kept."""
+
+    async def ask_four():
+        gone, kept, new = ScriptedServer(WHOLE, closes=True), ScriptedServer(WHOLE), ScriptedServer(WHOLE)
+        async with asked(gone) as (http, gone_at), asked(kept) as (_, kept_at), asked(new) as (_, new_at):
+            for address in (gone_at, kept_at):
+                await text_of(await http.ask(address, "/", {}))
+            while "open=0" not in repr(http):
+                await asyncio.sleep(0.01)
+            await text_of(await http.ask(new_at, "/", {}))
+            assert [address in repr(http) for address in (gone_at, kept_at, new_at)] == [False, True, True]
+
+    asyncio.run(asyncio.wait_for(ask_four(), 20))
+
+
 def test_nobody_listens():
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))

@@ -56,6 +56,16 @@ def test_person_reads_the_same(real_shape, capsys):
     assert "chatglm2-6b needs at least" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_room_for_later_adapters_is_part_of_the_plan(real_shape, capsys):
+    flags = (real_shape, "--memory", "20GiB", "--dtype", "bfloat16")
+    _, without = as_json(capsys, *flags)
+    _, facts = as_json(capsys, *flags, "--adapter-memory", "1GB")
+    assert facts["models"][0]["adapter_reserve_bytes"] == 10**9
+    assert facts["least_bytes"] == without["least_bytes"] + 10**9
+    main([*map(str, flags), "--adapter-memory", "1GB"])
+    assert "1.00 GB  kept free for those added later" in capsys.readouterr().out
+
+
 def test_workers_of_their_own_take_their_own_libraries(real_shape, capsys):
     flags = (real_shape, real_shape, "--memory", "40GiB", "--dtype", "bfloat16")
     _, together = as_json(capsys, *flags)

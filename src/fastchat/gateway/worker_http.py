@@ -62,6 +62,8 @@ class WorkerHttp:
         """
         line = self._lines.get(address)
         if line is None:
+            # Workers come back under new addresses; those that are gone are forgotten.
+            self._lines = {known: each for known, each in self._lines.items() if each.is_used}
             line = self._lines[address] = _Line(_parsed(address), self._resolver, self._connect_timeout_s)
         head = line.head(method, path, headers, len(body))
         connection = line.free_connection() or await line.connect()
@@ -82,7 +84,13 @@ class _Line:
         self._all: set[Connection] = set()
         self._free: dict[Connection, float] = {}  # since when; the newest is last
         self._turns = asyncio.Semaphore(MAX_CONNECTING)
+        self._num_connecting = 0
         self._failure: BaseException | None = None  # of the last attempt to connect, if it failed
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is a connection, or somebody waits for one."""
+        return bool(self._all) or self._num_connecting > 0
 
     def __repr__(self) -> str:
         return f"<_Line {self._host_header} open={len(self._all)} free={len(self._free)}>"
@@ -110,6 +118,18 @@ class _Line:
 
         Where nobody can connect, those who waited for their turn meanwhile fail with the one who tried.
         """
+        self._num_connecting += 1
+        try:
+            return await self._connect_in_turn()
+        finally:
+            self._num_connecting -= 1
+
+    def close(self) -> None:
+        """Close all connections."""
+        for connection in list(self._all):
+            connection.abort()
+
+    async def _connect_in_turn(self) -> Connection:
         failed_before = self._failure
         async with self._turns:
             if self._failure is not None and self._failure is not failed_before:
@@ -121,11 +141,6 @@ class _Line:
                 raise ConnectError(f"{self._host_header} cannot be reached") from error
             self._failure = None
             return connection
-
-    def close(self) -> None:
-        """Close all connections."""
-        for connection in list(self._all):
-            connection.abort()
 
     async def _open(self) -> Connection:
         """To the first address that lets us; of several each has its share of the time."""

@@ -6,9 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastchat.config import parse_bytes
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import create_parser, flag_type, run_command
 from fastchat.serve.worker_arguments import add_engine_flags, engine_spec, obey_early_flags, positive
@@ -43,6 +45,14 @@ def create_plan_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="answers computed at once (default: no limit but the scheduler's)",
     )
+    parser.add_argument(
+        "--adapter-memory",
+        type=flag_type(parse_bytes),
+        default=0,
+        metavar="SIZE",
+        help="memory kept free for each model's adapters that come later; a worker with --adapter-dir keeps 512MiB "
+        "(default: 0)",
+    )
     parser.add_argument("--json", action="store_true", help="write JSON, sizes in bytes (default: for reading)")
     add_engine_flags(parser)
     return parser
@@ -55,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     obey_early_flags(arguments)
     groups = group_models([ModelSpec(path) for path in arguments.paths], may_repeat=True)
     models = [planned_group(group) for group in groups]
-    engine = engine_spec(arguments, max_running=arguments.limit_worker_concurrency)
+    engine = replace(
+        engine_spec(arguments, max_running=arguments.limit_worker_concurrency),
+        adapter_reserve_bytes=arguments.adapter_memory,
+    )
     memory = _memory(engine)
     plan = plan_memory(models, engine, memory, each_alone=arguments.one_worker_each)
     remedy = None if plan.fits else find_remedy(plan, models, engine, memory)
@@ -92,6 +105,8 @@ def as_lines(plan: MemoryPlan) -> Iterator[str]:
         yield _row("weights", sum(needs.weight_bytes.values()), held)
         if needs.adapter_bytes:
             yield _row("adapters", needs.adapter_bytes, "beside the weights")
+        if needs.adapter_reserve_bytes:
+            yield _row("adapters", needs.adapter_reserve_bytes, "kept free for those added later")
         yield _row("KV cache", share.cache_bytes, _cache_text(share))
         yield _row("a step", share.step_bytes, f"at its peak, of {needs.max_batch_tokens:,} tokens")
         yield _row("text", needs.model.text_bytes, "tokenizer and prompt format")
@@ -118,6 +133,8 @@ def _share_json(share: ModelShare) -> dict[str, Any]:  # Any: JSON
         "quantize": needs.quantization.name if needs.quantization else None,
         "weight_bytes": sum(needs.weight_bytes.values()),
         "weight_bytes_by_form": dict(needs.weight_bytes),
+        "adapter_bytes": needs.adapter_bytes,
+        "adapter_reserve_bytes": needs.adapter_reserve_bytes,
         "kv_cache_bytes": share.cache_bytes,
         "kv_cache_bytes_per_token": needs.cache_bytes_per_token,
         "kv_cache_tokens": share.cache_tokens,
