@@ -1,6 +1,6 @@
 """Our engine over the whole range, not at a few points: streams, length of the prompt, context, aborts, two models.
 
-    python benchmarks/curves.py            about twenty minutes
+    python benchmarks/curves.py            about half an hour
     python benchmarks/curves.py --fast     two minutes
 
 The three forms of weights take turns, as in `compare.py`. Writes JSON; `report.py` makes the plots.
@@ -145,20 +145,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, to try things out")
     parser.add_argument("--models", type=Path, default=PEERS / "models", help="where the model's files go")
     parser.add_argument("--json", type=Path, default=RESULTS / "curves.json", help="where the figures go")
+    parser.add_argument("--rounds", type=int, default=2, help="over streams and contexts, default 2")
     parser.add_argument("--fast", action="store_true", help="fewer points, once")
     flags = parser.parse_args()
-    streams, prompts, contexts, repeats = STREAMS, PROMPTS, CONTEXTS, 2
+    streams, prompts, contexts = STREAMS, PROMPTS, CONTEXTS
     if flags.fast:
-        streams, prompts, contexts, repeats = (1, 8), (128, 1024), (100, 1000), 1
+        streams, prompts, contexts, flags.rounds = (1, 8), (128, 1024), (100, 1000), 1
     model = flags.models / "qwen2-0.5b"
     write_shared_model(model, flags.layers)
     machine = asdict(measure_machine(flags.threads))
     figures = {
         "machine": machine,
         "server_first_token_s": first_token_of_server(model),
-        "streams": curve(flags, model, [point(number, **STREAMS_SIZES) for number in streams], repeats),
+        "streams": curve(flags, model, [point(number, **STREAMS_SIZES) for number in streams], flags.rounds),
         "prompts": curve(flags, model, [point(1, number, 2) for number in prompts], 1),
-        "contexts": curve(flags, model, [point(1, number, CONTEXT_ANSWER) for number in contexts], repeats),
+        "contexts": curve(flags, model, [point(1, number, CONTEXT_ANSWER) for number in contexts], flags.rounds),
         "busy": [busy(flags, model, weights) for weights in flags.weights],
     }
     flags.json.parent.mkdir(parents=True, exist_ok=True)
