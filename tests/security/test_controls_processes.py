@@ -11,6 +11,8 @@ import ssl
 import stat
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
@@ -110,6 +112,15 @@ def certificates(tmp_path):
     return tmp_path
 
 
+def listed(url, context):
+    """Whether a model can be asked for; the worker's registration reaches the API server a moment later."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=60, context=context) as answer:
+            return MODEL.encode() in answer.read()
+    except urllib.error.HTTPError:
+        return False
+
+
 def test_c19_every_hop_speaks_tls(certificates, tmp_path):
     """Worker to controller over wss, API server to both over https; plain text and a strange CA get nowhere."""
     model = write_checkpoint(tmp_path / MODEL, "chatglm2")
@@ -138,7 +149,8 @@ def test_c19_every_hop_speaks_tls(certificates, tmp_path):
         context = ssl.create_default_context(cafile=certificates / "ours.pem")
         body = b'{"model": "chatglm2-6b", "prompt": "Hello", "max_tokens": 2}'
         request = urllib.request.Request(f"{api.url}/v1/completions", body, {"Content-Type": "application/json"})
-        api.wait_for_line("watching the controller")
+        while not listed(api.url, context):
+            time.sleep(0.05)
         with urllib.request.urlopen(request, timeout=60, context=context) as answer:
             assert answer.status == 200
         doubting.wait_for_line("TLS with the controller failed: .*must be trusted .SSL_CERT_FILE")
