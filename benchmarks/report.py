@@ -156,7 +156,8 @@ def real_shape_section(runs: Sequence[Figures]) -> Iterator[str]:
     yield (
         "Random numbers in the original layout. Limit: the rate at which this machine reads memory over the bytes of "
         "weights that a token needs; goals for one stream are 0.8 of it in bfloat16 and 0.65 in int8 and int4, and "
-        "0.8 of the speed of reading for loading what need not be converted.\n"
+        "0.8 of the speed of reading for loading what need not be converted. Files that are not called cold were in "
+        "the system's memory when they were loaded, though perhaps not when they were read.\n"
     )
     rows = []
     for run in runs:
