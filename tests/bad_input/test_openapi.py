@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from tests.bad_input.cases import CHAT, COMPLETIONS, EMBEDDINGS, MODEL, TOKENIZE, Case, chat, completion, embedding
-from tests.bad_input.sending import send
+from tests.bad_input.sending import PATIENCE_S, send
 from tests.bad_input.test_bad_input import CONTROL, INTERNALS
 
 SECONDS_PER_ROUTE = 2.0
@@ -20,6 +20,8 @@ MAX_EXAMPLES = 30
 BODY_ROUTES = (CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, "/detokenize")
 NEVER = {409, 422}
 """Clients repeat the first for ever and do not know the second."""
+LIMITS = {CHAT: "max_completion_tokens", COMPLETIONS: "max_tokens"}
+"""What bounds an answer whose body does not."""
 
 SETTINGS = settings(
     max_examples=MAX_EXAMPLES,
@@ -47,11 +49,13 @@ def check(answer):
         assert not INTERNALS.search(error["message"])
 
 
-def cheap(body):
-    """A generated body for the served model, with an answer that does not take long."""
+def cheap(path, body):
+    """A generated body for the served model, with an answer that does not take long: never one up to the context."""
     if not isinstance(body, dict) or "model" not in body:
         return body
     limited = {name: 2 for name in ("max_tokens", "max_completion_tokens") if type(body.get(name)) is int}
+    if not limited and path in LIMITS and body.get(LIMITS[path]) is None:
+        limited = {LIMITS[path]: 2}
     return {**body, "model": MODEL, **limited, **({"n": 1} if type(body.get("n")) is int else {})}
 
 
@@ -65,8 +69,8 @@ def test_what_the_document_allows_and_forbids_is_answered(target, operations, pa
     @given(operations["POST", path].as_strategy(generation_mode=mode))
     def run(case):
         if time.monotonic() - began < SECONDS_PER_ROUTE:
-            case.body = cheap(case.body)
-            check(case.call())
+            case.body = cheap(path, case.body)
+            check(case.call(timeout=PATIENCE_S))
 
     run()
     assert send(CONTROL, target.port).status == 200
@@ -79,7 +83,7 @@ def test_the_document_names_every_route_and_each_is_answered(target, operations)
         if method == "GET":
             for name in (MODEL, "../x", "%00", "a/b"):
                 case = operation.Case(path_parameters={"model": name} if "{model}" in path else {})
-                check(case.call())
+                check(case.call(timeout=PATIENCE_S))
 
 
 GOOD = {
