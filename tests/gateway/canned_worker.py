@@ -127,6 +127,12 @@ class CannedWorker:
         await self._stream(received, document, receive, send, until=2)
         raise DeathError  # the server closes the connection without an end
 
+    async def _die_behind_usage(self, received, document, receive, send):
+        await self._stream(received, document, receive, send, until=len(WORDS))
+        await _write(send, chunk_event({**_chunk(received, document, ""), "choices": [], "usage": {"total_tokens": 7}}))
+        await asyncio.sleep(0.05)  # so that it is read before the connection is gone
+        raise DeathError
+
     async def _die(self, received, document, receive, send):
         await _start(send)
         raise DeathError

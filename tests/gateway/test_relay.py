@@ -207,6 +207,23 @@ def test_a_lost_stream_goes_on_with_another_worker(cluster, api, good_act):
     cluster.wait_for_models(api)
 
 
+def test_a_stream_that_lacks_only_its_end_gets_it_and_no_second_usage(cluster, api):
+    """Its worker told the usage and died: nobody else is asked."""
+    with cluster.worker("bad", tiny="die_behind_usage") as bad:
+        cluster.wait_for_models(api, "tiny")
+        with cluster.worker("good", ("tiny", "other")) as good:
+            cluster.wait_for_models(api, "other", "tiny")
+            bad.received.clear()
+            while not bad.received:  # whichever is chosen first
+                good.received.clear()
+                status, _, body = cluster.post(api, CHAT, QUESTION | {"stream": True})
+        assert status == 200
+        assert not good.received
+        assert body.count(b'"usage"') == 1
+        assert data_of(body)[-1] == b"[DONE]"
+    cluster.wait_for_models(api)
+
+
 def test_a_lost_stream_does_not_begin_again_on_a_server_of_another_kind(cluster, api):
     """Which would answer the whole request, behind what the client has already."""
     other = CannedWorker("other", ("tiny", "other"))

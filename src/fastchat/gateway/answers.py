@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 import structlog
 
+from fastchat.api.streaming import DONE_EVENT
 from fastchat.cluster.contract import IGNORED_HEADER, WorkerEntry
 from fastchat.errors import UnavailableError
 from fastchat.gateway.event_framer import BrokenStreamError, EventFramer
@@ -110,6 +111,9 @@ class RelayedStream:
 
     async def _go_on_elsewhere(self, failure: UnavailableError) -> bytes:
         """The next events, from another worker that takes the stream over. Raises `failure` where none can."""
+        if failure.code == LOST and self._framer.lacks_only_done():
+            self._is_finished = True
+            return DONE_EVENT  # another worker would tell the usage again
         tags = self._framer.tags
         if self._resume is None or failure.code != LOST or not tags:
             raise failure

@@ -21,6 +21,7 @@ _MAX_BLANK_BYTES = 64 * 1024
 
 # The tags of `api/streaming.py`: choice, then `prompt`, `end` or the offset, then ids.
 _TAG_LINE = re.compile(rb"^(: \d+ (?:prompt|end|\d+) [\d,]*\r?\n)", re.MULTILINE)
+_USAGE_EVENT = re.compile(rb'data: \{.*"choices":\[\]')  # within a string the quotes would be escaped
 _LAST_LINE = re.compile(rb'data: ?(?:\[DONE\]|\{"error":)')
 
 
@@ -71,6 +72,10 @@ class EventFramer:
         if not _LAST_LINE.match(last_line):
             raise BrokenStreamError("it ended before its last event")
         return self._without_tags(rest.rstrip() + b"\n\n") if rest.strip() else rest
+
+    def lacks_only_done(self) -> bool:
+        """Whether the last event so far was our worker's usage, behind which comes nothing but `data: [DONE]`."""
+        return self._has_tags and bool(_USAGE_EVENT.match(self._last_events.rstrip().rpartition(b"\n")[2]))
 
     def _without_tags(self, events: bytes) -> bytes:
         if not self._has_tags:
