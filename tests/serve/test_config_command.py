@@ -72,7 +72,7 @@ def test_serve_obeys_its_file_and_shows_keys_to_nobody(model_folder, tmp_path):
     """Models, ports and keys from one file; the keys are on no command line of what it starts."""
     file = tmp_path / "serve.toml"
     file.write_text(
-        'port = 0\ncontroller-port = 0\nworker-port = 0\napi-keys = ["sk-from-the-file"]\n'
+        'port = 0\ncontroller-port = 0\nworker-port = 0\nweb-port = 0\napi-keys = ["sk-from-the-file"]\n'
         f'[[models]]\npath = "{model_folder}"\nnames = ["named-here"]\n'
     )
     command = [sys.executable, "-m", "fastchat", "serve", "--config", file]

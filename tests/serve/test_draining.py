@@ -210,7 +210,7 @@ def test_controller_ends_at_once_though_it_is_watched(parts):
 
 def test_fastchat_serve_finishes_tells_and_leaves_with_0(model_folder, tmp_path):
     """One limit for everything that it started."""
-    ports = ("--port", "0", "--controller-port", "0", "--worker-port", "0")
+    ports = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--web-port", "0")
     command = [sys.executable, "-m", "fastchat", "serve", *ports, "--model-path", model_folder, "--drain-timeout", "1"]
     with ServerProcess(command, environment={"FASTCHAT_STATE_DIR": str(tmp_path), **ONE_THREAD}) as serving:
         url = serving.wait_for_line(r"export OPENAI_BASE_URL=(\S+)/v1$")[1]

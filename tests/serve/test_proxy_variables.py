@@ -13,7 +13,7 @@ import pytest
 
 from tests.processes import ROOT, ServerProcess, process_environment
 
-PORTS = ("--port", "0", "--controller-port", "0", "--worker-port", "0")
+PORTS = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--web-port", "0")
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_answers_are_those_of_the_api(talker, expected):
     for (answered, pieces), body in zip(run(talker, use), expected, strict=True):
         (choice,) = body["choices"]
         assert answered.text == "".join(pieces) == choice["message"]["content"]
-        assert len(pieces) > 5
+        assert len(pieces) > 1  # on a slow machine several tokens come in one
         assert answered.finish_reason == choice["finish_reason"]
         assert answered.num_prompt_tokens == body["usage"]["prompt_tokens"]
         assert answered.num_generated_tokens == body["usage"]["completion_tokens"]
