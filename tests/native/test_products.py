@@ -108,7 +108,7 @@ def every_product(num_inputs, num_outputs, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_alone_and_among_others(form, num_threads, dtype):
     """No row's bits depend on its batch mates, a hundred times larger or not numbers at all."""
-    rows, _, _ = draw(23, 200, 1, dtype)
+    rows, _, _ = draw(43, 200, 1, dtype)
     rows[4], rows[7, 100], rows[9, 0] = rows[4] * 100, float("inf"), float("nan")
     for name, multiply in every_product(200, 70, dtype).items():
         if form == "torch" and name != "int8":
@@ -123,7 +123,7 @@ def test_a_row_is_the_same_alone_and_among_others(form, num_threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(19, 64, 33), (20, 33, 1), (25, 450, 16), (213, 130, 47)], ids=str)
+@pytest.mark.parametrize("sizes", [(19, 64, 33), (20, 33, 1), (41, 450, 16), (213, 130, 47)], ids=str)
 def test_many_rows_have_the_bits_of_few(form, num_threads, dtype, sizes):
     """As many as prompts have: tiles and blocks that are not full, panels that are not, and a bias."""
     if form == "torch":

@@ -98,10 +98,12 @@ void score_tile(
                 Floats sums[ROWS][COLUMNS];
                 const int64_t stride = padded(head_dim);
                 multiply_tile<Dot, ROWS>(columns, query + row * stride, stride, head_dim, TILE * head_dim, sums);
-                UNROLL for (int r = 0; r < ROWS; r++)
-                    _mm_storeu_ps(
-                        scores + (row + r) * TILE + token,
-                        sum_four(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
+                for_row_groups(sums, [&](int r, int count, Floats results) {
+                    alignas(64) float each[LANES];
+                    store(each, results);
+                    for (int i = 0; i < count; i++)
+                        std::memcpy(scores + (row + r + i) * TILE + token, each + i * COLUMNS, COLUMNS * sizeof(float));
+                });
             });
         });
     }

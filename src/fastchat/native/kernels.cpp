@@ -64,7 +64,7 @@ void fastchat_multiply(
     int64_t num_columns, int64_t num_inputs, int64_t num_threads) {
     const Output to{element, output, bias, num_columns};
 #if defined(__AVX512F__)
-    if (num_rows >= MIN_TILED_ROWS && (element != BFLOAT16 || !HAS_PAIR_PRODUCTS))
+    if (num_rows >= FloatWords<float>::MIN_ROWS && (element != BFLOAT16 || !HAS_PAIR_PRODUCTS))
         return with_element(element, [&](auto zero) {
             typedef const decltype(zero)* Pointer;
             const FloatWords<decltype(zero)> words{
@@ -96,7 +96,7 @@ void fastchat_multiply_int4(
     const QuantizedRows rows = quantize(element, x, num_rows, num_inputs, true, num_threads);
     const Output to{element, output, bias, num_columns};
 #if defined(__AVX512VNNI__)
-    if (num_rows >= MIN_TILED_ROWS)
+    if (num_rows >= Int4Words::MIN_ROWS)
         return multiply_lane_panels(
             Int4Words{weight, rows, scales, to, rows.stride / UNIT, num_groups}, num_rows, num_threads);
 #endif

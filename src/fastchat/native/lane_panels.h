@@ -10,11 +10,11 @@
 // are added up at the end. Here 16 columns have their lane l in one register, one lane after the other; so a panel holds
 // for each lane its words of all steps, in the numbers that are multiplied, and x, cut into tiles of rows, is arranged
 // likewise.
-// MIN_TILED_ROWS and more rows make tiles of MIN_TILE_ROWS to TILE_ROWS rows of nearly equal height.
+// MIN_ROWS and more rows make tiles of MIN_TILE_ROWS to TILE_ROWS rows of nearly equal height.
 constexpr int TILE_ROWS = 12, MIN_TILE_ROWS = 8, NUM_LEVELS = 4;
-constexpr int64_t MIN_TILED_ROWS = 20, MAX_BLOCK_TILES = 8;
+constexpr int64_t MAX_BLOCK_TILES = 8;
 constexpr int64_t LEVEL_SIZE = MAX_BLOCK_TILES * TILE_ROWS * PANEL_COLUMNS;
-constexpr int64_t LANE_ORDER[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // in which sum_four adds them
+constexpr int64_t LANE_ORDER[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // in which sum_quarters and sum_rows add them
 
 // Sixteen words, zeros past the first `count` elements.
 INLINE Bytes some_words(const BFloat16* from, int64_t count) {
@@ -29,7 +29,7 @@ INLINE Bytes some_words(const Float16* from, int64_t count) {
 template <class Element>
 struct FloatWords {
     static constexpr int X_NUMBERS = std::is_same_v<Element, BFloat16> ? 2 : 1, W_NUMBERS = X_NUMBERS;
-    static constexpr int64_t STEP = 16 * X_NUMBERS;
+    static constexpr int64_t STEP = 16 * X_NUMBERS, MIN_ROWS = 40;
     const Element *weight, *x;
     Output output;
     int64_t num_inputs, num_steps = (num_inputs + STEP - 1) / STEP, num_scales = 0;
@@ -66,6 +66,7 @@ struct FloatWords {
 // Words of four int4, each in a byte and raised by 8; a row of x has four int8 for it, and what takes back the 8.
 struct Int4Words {
     static constexpr int X_NUMBERS = 2, W_NUMBERS = 1;
+    static constexpr int64_t MIN_ROWS = 20;
     static INLINE void split(Bytes words, Bytes (&numbers)[W_NUMBERS]) { numbers[0] = words; }
     const uint8_t* weight;
     const QuantizedRows& x;

@@ -148,17 +148,23 @@ struct Output {
     const void* bias;  // or null
     int64_t num_columns;
 
+    // Four columns of up to GROUP_ROWS rows: lane 4 r + c is column c of row r.
     template <class Element>
-    INLINE void put_as(int64_t row, int64_t column, const float (&results)[COLUMNS]) const {
+    INLINE void put_rows_as(int64_t row, int64_t num_rows, int64_t column, Floats results) const {
+        const int64_t count = std::min<int64_t>(COLUMNS, num_columns - column);
+        if (bias) results = results + column_of_each(some_of_four(static_cast<const Element*>(bias) + column, count));
+        alignas(64) Element each[LANES];
+        store(each, results);
         Element* to = static_cast<Element*>(values) + row * num_columns + column;
-        const Element* added = bias ? static_cast<const Element*>(bias) + column : nullptr;
-        for (int64_t c = 0; c < std::min<int64_t>(COLUMNS, num_columns - column); c++)
-            put(to + c, added ? results[c] + to_float(added[c]) : results[c]);
+        for (int64_t r = 0; r < num_rows; r++) {
+            if (count == COLUMNS) std::memcpy(to + r * num_columns, each + r * COLUMNS, COLUMNS * sizeof(Element));
+            else std::memcpy(to + r * num_columns, each + r * COLUMNS, count * sizeof(Element));
+        }
     }
-    INLINE void put_four(int64_t row, int64_t column, const float (&results)[COLUMNS]) const {
-        if (element == BFLOAT16) put_as<BFloat16>(row, column, results);
-        else if (element == FLOAT32) put_as<float>(row, column, results);
-        else put_as<Float16>(row, column, results);
+    INLINE void put_rows(int64_t row, int64_t num_rows, int64_t column, Floats results) const {
+        if (element == BFLOAT16) put_rows_as<BFloat16>(row, num_rows, column, results);
+        else if (element == FLOAT32) put_rows_as<float>(row, num_rows, column, results);
+        else put_rows_as<Float16>(row, num_rows, column, results);
     }
 #if defined(__AVX512F__)
     template <class Element>
@@ -179,14 +185,26 @@ struct Output {
 #endif
 };
 
-// What becomes of the sums of one row of x with four rows of W.
+// Calls use(r, count, sums) for groups of `count` rows from r on, with lane 4 i + c the sum of sums[r + i][c].
+template <int ROWS, class Vector, class Use>
+INLINE void for_row_groups(const Vector (&sums)[ROWS][COLUMNS], const Use& use) {
+    UNROLL for (int r = 0; r < ROWS; r += GROUP_ROWS) {
+        Vector rows[GROUP_ROWS];
+        UNROLL for (int i = 0; i < GROUP_ROWS; i++) {
+            const auto& row = sums[std::min(r + i, ROWS - 1)];
+            rows[i] = sum_quarters(row[0], row[1], row[2], row[3]);
+        }
+        use(r, std::min(GROUP_ROWS, ROWS - r), sum_rows(rows));
+    }
+}
+
+// What becomes of the sums of a tile: ROWS rows of x with four rows of W.
 struct FloatResult {
     Output output;
 
-    INLINE void keep(int64_t row, int64_t column, const Floats (&sums)[COLUMNS]) const {
-        alignas(16) float results[COLUMNS];
-        _mm_store_ps(results, sum_four(sums[0], sums[1], sums[2], sums[3]));
-        output.put_four(row, column, results);
+    template <int ROWS>
+    INLINE void keep(int64_t row, int64_t column, const Floats (&sums)[ROWS][COLUMNS]) const {
+        for_row_groups(sums, [&](int r, int count, Floats results) { output.put_rows(row + r, count, column, results); });
     }
 };
 
@@ -196,14 +214,15 @@ struct Int8Result {
     const float* row_scales;
     const int32_t* row_sums;
 
-    INLINE void keep(int64_t row, int64_t column, const Bytes (&sums)[COLUMNS]) const {
-        __m128i whole = sum_four(sums[0], sums[1], sums[2], sums[3]);
-        whole = _mm_sub_epi32(whole, _mm_set1_epi32(DotInt8::OFFSET * row_sums[row]));
-        alignas(16) float results[COLUMNS];
-        _mm_store_ps(results, _mm_cvtepi32_ps(whole) * _mm_set1_ps(row_scales[row]));
-        for (int64_t c = 0; c < std::min<int64_t>(COLUMNS, output.num_columns - column); c++)
-            results[c] *= scales[column + c];
-        output.put_four(row, column, results);
+    template <int ROWS>
+    INLINE void keep(int64_t row, int64_t column, const Bytes (&sums)[ROWS][COLUMNS]) const {
+        const Floats column_scales = column_of_each(
+            some_of_four(scales + column, std::min<int64_t>(COLUMNS, output.num_columns - column)));
+        for_row_groups(sums, [&](int r, int count, Bytes whole) {
+            whole = subtract(whole, times(row_of_each(row_sums + row + r, count), DotInt8::OFFSET));
+            output.put_rows(
+                row + r, count, column, to_floats(whole) * row_of_each(row_scales + row + r, count) * column_scales);
+        });
     }
 };
 
@@ -266,7 +285,7 @@ void multiply_all(
                     with_rows<Dot::MAX_ROWS>(tile_rows, [&](auto rows) {
                         typename Dot::Sum sums[decltype(rows)::value][COLUMNS];
                         multiply_tile<Dot, decltype(rows)::value>(columns, x + row * x_stride, x_stride, num_inputs, ahead, sums);
-                        UNROLL for (int r = 0; r < decltype(rows)::value; r++) result.keep(row + r, column, sums[r]);
+                        result.template keep<decltype(rows)::value>(row, column, sums);
                     });
                 });
             }

@@ -73,12 +73,13 @@ void quantize_row(const Element* x, int64_t num_inputs, int64_t row, const Quant
         values[k] = quotient == quotient ? static_cast<int8_t>(quotient) : 0;
     }
     std::memset(values + num_inputs, 0, to.stride - num_inputs);
-    int32_t sum = 0;
-    for (int64_t k = 0; k < num_inputs; k++) sum += values[k];
-    to.sums[row] = sum;
-    if (to.unit_sums == nullptr) return;
-    for (int64_t k = 0; k < to.stride; k += 4)
-        to.unit_sums[(row * to.stride + k) / 4] = -8 * (values[k] + values[k + 1] + values[k + 2] + values[k + 3]);
+    Bytes total = DotInt8::zero();
+    for (int64_t k = 0; k < to.stride; k += sizeof(Bytes)) {
+        const Bytes fours = sums_of_four(load_bytes(values + k));
+        total = add(total, fours);
+        if (to.unit_sums) store_bytes(to.unit_sums + (row * to.stride + k) / 4, times(fours, -8));
+    }
+    to.sums[row] = sum(total);
 }
 
 template <class Element>
@@ -189,12 +190,9 @@ void multiply_int4(
                             multiply_int4_tile<ROWS, true>(columns, column_scales, 1, rows, row, ahead, sums);
                         else
                             multiply_int4_tile<ROWS, false>(columns, column_scales, group_size / UNIT, rows, row, ahead, sums);
-                        UNROLL for (int r = 0; r < ROWS; r++) {
-                            alignas(16) float results[COLUMNS];
-                            __m128 all = sum_four(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
-                            _mm_store_ps(results, all * _mm_set1_ps(rows.scales[row + r]));
-                            output.put_four(row + r, column, results);
-                        }
+                        for_row_groups(sums, [&](int r, int count, Floats results) {
+                            output.put_rows(row + r, count, column, results * row_of_each(rows.scales + row + r, count));
+                        });
                     });
                 });
             }

@@ -94,6 +94,7 @@ INLINE Floats load(const Float16* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 INLINE Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
+INLINE void store_bytes(void* to, Bytes bytes) { _mm512_storeu_si512(to, bytes); }
 INLINE __mmask16 first_lanes(int64_t count) {  // `count` of them, none below 1
     return static_cast<__mmask16>(count >= 16 ? 0xffff : count < 1 ? 0 : (1 << count) - 1);
 }
@@ -125,22 +126,52 @@ INLINE Floats where_at_most(Floats a, Floats b, Floats yes, Floats no) {  // yes
 INLINE Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE Floats times_power_of_two(Floats a, Floats power) { return _mm512_scalef_ps(a, power); }
 
-// The sums over lanes of four vectors, all in the same order.
-INLINE __m128 sum_four(Floats a, Floats b, Floats c, Floats d) {
+// The sums over lanes of four vectors, all in the same order: of pairs of lanes in each quarter of a register, ...
+INLINE Floats sum_quarters(Floats a, Floats b, Floats c, Floats d) {
     Floats ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
     Floats cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
     __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
     __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    Floats all = _mm512_castpd_ps(low) + _mm512_castpd_ps(high);
-    __m256 half = _mm512_castps512_ps256(all) + _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
-    return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    return _mm512_castpd_ps(low) + _mm512_castpd_ps(high);
 }
-INLINE __m128i sum_four(Bytes a, Bytes b, Bytes c, Bytes d) {
+INLINE Bytes sum_quarters(Bytes a, Bytes b, Bytes c, Bytes d) {
     Bytes ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     Bytes cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    Bytes all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+// ... and of the quarters. Four rows of them at once: quarter r of the result is that of `rows[r]`.
+INLINE Floats sum_rows(const Floats (&rows)[4]) {
+    Floats first = _mm512_shuffle_f32x4(rows[0], rows[1], 0x44) + _mm512_shuffle_f32x4(rows[0], rows[1], 0xee);
+    Floats second = _mm512_shuffle_f32x4(rows[2], rows[3], 0x44) + _mm512_shuffle_f32x4(rows[2], rows[3], 0xee);
+    return _mm512_shuffle_f32x4(first, second, 0x88) + _mm512_shuffle_f32x4(first, second, 0xdd);
+}
+INLINE Bytes sum_rows(const Bytes (&rows)[4]) {
+    Bytes first = _mm512_add_epi32(
+        _mm512_shuffle_i32x4(rows[0], rows[1], 0x44), _mm512_shuffle_i32x4(rows[0], rows[1], 0xee));
+    Bytes second = _mm512_add_epi32(
+        _mm512_shuffle_i32x4(rows[2], rows[3], 0x44), _mm512_shuffle_i32x4(rows[2], rows[3], 0xee));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xdd));
+}
+
+// Lane 4 r + c is number r, or number c, of up to four.
+INLINE Floats row_of_each(const float* numbers, int64_t count) {
+    return _mm512_permutexvar_ps(
+        _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0),
+        _mm512_maskz_loadu_ps(first_lanes(count), numbers));
+}
+INLINE Bytes row_of_each(const int32_t* numbers, int64_t count) {
+    return _mm512_castps_si512(row_of_each(reinterpret_cast<const float*>(numbers), count));
+}
+INLINE Floats column_of_each(__m128 numbers) { return _mm512_broadcast_f32x4(numbers); }
+INLINE float first_of(Floats values) { return _mm512_cvtss_f32(values); }
+INLINE int32_t first_of(Bytes values) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(values)); }
+INLINE Bytes subtract(Bytes a, Bytes b) { return _mm512_sub_epi32(a, b); }
+INLINE Bytes times(Bytes a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
+INLINE Bytes add(Bytes a, Bytes b) { return _mm512_add_epi32(a, b); }
+INLINE Floats to_floats(Bytes integers) { return _mm512_cvtepi32_ps(integers); }
+INLINE Bytes sums_of_four(Bytes values) {  // of int8 each
+    const Bytes pairs = _mm512_maddubs_epi16(_mm512_set1_epi8(1), values);
+    return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 
 #else
@@ -161,6 +192,7 @@ INLINE Floats load(const Float16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 INLINE Bytes load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+INLINE void store_bytes(void* to, Bytes bytes) { _mm256_storeu_si256(static_cast<__m256i*>(to), bytes); }
 INLINE Bytes raise_by_16(Bytes words) { return _mm256_slli_epi32(words, 16); }
 INLINE Bytes keep_high_16(Bytes words) { return _mm256_and_si256(words, _mm256_set1_epi32(~0xffff)); }
 INLINE Floats as_floats(Bytes words) { return _mm256_castsi256_ps(words); }
@@ -193,22 +225,48 @@ INLINE Floats times_power_of_two(Floats a, Floats power) {
     return a * as_floats(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23));
 }
 
-INLINE __m128 sum_four(Floats a, Floats b, Floats c, Floats d) {
-    Floats all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1);
+INLINE Floats sum_quarters(Floats a, Floats b, Floats c, Floats d) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
 }
-INLINE __m128i sum_four(Bytes a, Bytes b, Bytes c, Bytes d) {
-    Bytes all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-    return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+INLINE Bytes sum_quarters(Bytes a, Bytes b, Bytes c, Bytes d) {
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+}
+INLINE Floats sum_rows(const Floats (&rows)[2]) {
+    return _mm256_permute2f128_ps(rows[0], rows[1], 0x20) + _mm256_permute2f128_ps(rows[0], rows[1], 0x31);
+}
+INLINE Bytes sum_rows(const Bytes (&rows)[2]) {
+    return _mm256_add_epi32(
+        _mm256_permute2x128_si256(rows[0], rows[1], 0x20), _mm256_permute2x128_si256(rows[0], rows[1], 0x31));
+}
+INLINE Floats row_of_each(const float* numbers, int64_t count) {
+    return _mm256_set_m128(_mm_set1_ps(numbers[count > 1]), _mm_set1_ps(numbers[0]));
+}
+INLINE Bytes row_of_each(const int32_t* numbers, int64_t count) {
+    return _mm256_set_m128i(_mm_set1_epi32(numbers[count > 1]), _mm_set1_epi32(numbers[0]));
+}
+INLINE Floats column_of_each(__m128 numbers) { return _mm256_set_m128(numbers, numbers); }
+INLINE float first_of(Floats values) { return _mm256_cvtss_f32(values); }
+INLINE int32_t first_of(Bytes values) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(values)); }
+INLINE Bytes subtract(Bytes a, Bytes b) { return _mm256_sub_epi32(a, b); }
+INLINE Bytes times(Bytes a, int32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(b)); }
+INLINE Bytes add(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
+INLINE Floats to_floats(Bytes integers) { return _mm256_cvtepi32_ps(integers); }
+INLINE Bytes sums_of_four(Bytes values) {
+    const Bytes pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), values);
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
 #endif
 
 INLINE Floats rounded(Floats values, float) { return values; }
 
-INLINE float sum(Floats values) {
-    __m128 result = sum_four(values, zeros(), zeros(), zeros());
-    return _mm_cvtss_f32(result);
+constexpr int GROUP_ROWS = LANES / 4;  // whose sums with four vectors fill a register
+
+template <class Vector>
+INLINE auto sum(Vector values) {
+    Vector rows[GROUP_ROWS];
+    UNROLL for (Vector& row : rows) row = sum_quarters(values, values, values, values);
+    return first_of(sum_rows(rows));
 }
 INLINE float largest(Floats values) {
     alignas(64) float lanes[LANES];
@@ -250,3 +308,14 @@ INLINE void put(BFloat16* to, float value) {  // to nearest, ties to even
     to->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 INLINE void put(Float16* to, float value) { to->bits = _cvtss_sh(value, 0); }
+
+// The first `count` of four numbers, zeros for the others.
+template <class Element>
+INLINE __m128 some_of_four(const Element* from, int64_t count) {
+    alignas(16) float each[4] = {};
+    for (int64_t i = 0; i < count; i++) each[i] = to_float(from[i]);
+    return _mm_load_ps(each);
+}
+INLINE __m128 some_of_four(const float* from, int64_t count) {
+    return _mm_maskload_ps(from, _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int32_t>(count)), _mm_set_epi32(3, 2, 1, 0)));
+}
