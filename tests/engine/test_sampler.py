@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastchat.engine.events import SequenceRequest
-from fastchat.engine.sampler import Sampler, random_unit
+from fastchat.engine.sampler import Sampler, largest_of_rows, random_unit
 from fastchat.engine.sampling_params import SamplingParams
 from fastchat.engine.sequence import Sequence
 from fastchat.errors import InvalidRequestError
@@ -162,3 +162,17 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(InvalidRequestError) as caught:
         SamplingParams(**({"max_tokens": 100} | {name: value}))
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize("size", [7, 255, 256, 257, 511, 512, 1000])
+def test_the_largest_of_a_row_is_the_first_of_equals(size):
+    """As `max` finds it, at every place and beside infinities; what is not a number is seen."""
+    rows = torch.randint(-9, 9, (64, size), generator=torch.Generator().manual_seed(size)).float()
+    rows.scatter_(1, torch.arange(64).unsqueeze(1) * size // 64, 9.0)
+    rows[3, size // 2], rows[4] = torch.inf, -torch.inf
+    expected = rows.max(dim=-1)
+    found = largest_of_rows(rows)
+    assert torch.equal(found[0], expected.values)
+    assert torch.equal(found[1], expected.indices)
+    rows[5, size - 1] = torch.nan
+    assert largest_of_rows(rows)[0][5].isnan()
