@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from fastchat.engine.decode_graphs import batch_sizes
+
 
 class _Recorder(TorchDispatchMode):
     def __init__(self):
@@ -43,6 +45,9 @@ class RecordedGraphs:
     """A `GraphBackend`."""
 
     graphs: list = field(default_factory=list)
+
+    def sizes(self, max_running):
+        return batch_sizes(max_running)
 
     def capture(self, compute):
         compute()

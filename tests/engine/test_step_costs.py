@@ -55,14 +55,15 @@ def calls_of_a_decode_step(model, num, **sampling) -> Counter:
     for request in streams(num, **sampling):
         engine.add(request)
     engine.step()
+    engine.step()  # which is recorded
     with Calls() as calls:
         assert len(engine.step()) == num
     return calls.counts
 
 
 def test_a_decode_step_makes_few_operator_calls(lean):
-    """At most 23 for a layer and 60 for all else; a budget that only goes down."""
-    assert calls_of_a_decode_step(lean, 1, temperature=0.0).total() <= 23 * NUM_LAYERS + 60
+    """None for a layer and 60 for all else; a budget that only goes down."""
+    assert calls_of_a_decode_step(lean, 1, temperature=0.0).total() <= 60
 
 
 def test_operator_calls_do_not_grow_with_the_streams(lean):
@@ -72,17 +73,17 @@ def test_operator_calls_do_not_grow_with_the_streams(lean):
 
 
 def test_a_decode_step_makes_few_tensors(lean):
-    """At most 8 for a layer and 14 for all else, whatever the number of streams."""
+    """None for a layer and 8 for all else, whatever the number of streams."""
     for num in (1, 8):
         counts = calls_of_a_decode_step(lean, num, temperature=0.0)
-        assert sum(counts[name] for name in ALLOCATIONS) <= 8 * NUM_LAYERS + 14, counts
+        assert sum(counts[name] for name in ALLOCATIONS) <= 8, counts
 
 
 def test_greedy_choosing_sorts_nothing(lean):
-    """Nor does it normalise: one pass finds the most probable token."""
+    """Nor does it normalise: one pass finds the most probable token, but for the rest of a width."""
     counts = calls_of_a_decode_step(lean, 4, temperature=0.0)
-    assert not counts.keys() & {"sort", "topk", "_softmax", "_log_softmax", "argmax"}
-    assert counts["max"] == 1
+    assert not counts.keys() & {"sort", "topk", "_softmax", "_log_softmax"}
+    assert counts["amax"] <= 2
 
 
 def test_streams_share_their_steps(lean):

@@ -19,10 +19,10 @@ def form(request, monkeypatch):
         if not any(shutil.which(name) for name in build.COMPILERS):
             pytest.skip("there is no C++ compiler")
     monkeypatch.setenv(build.VARIABLE, "0" if request.param == "torch" else request.param)
-    build.kernels.cache_clear()
+    build.loaded_library.cache_clear()
     assert (build.kernels() is None) == (request.param == "torch")
     yield request.param
-    build.kernels.cache_clear()
+    build.loaded_library.cache_clear()
 
 
 @pytest.fixture(autouse=True)

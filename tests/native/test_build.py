@@ -59,10 +59,10 @@ def test_without_a_build_torch_does_the_work(tmp_path, hindrance):
 def test_an_unknown_choice_is_an_error(monkeypatch):
     """A bad value of the variable is told, not ignored."""
     monkeypatch.setenv(build.VARIABLE, "sse9")
-    build.kernels.cache_clear()
+    build.loaded_library.cache_clear()
     with pytest.raises(ConfigError, match="sse9"):
         build.kernels()
-    build.kernels.cache_clear()
+    build.loaded_library.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,13 @@ def native_queries(spans: list[SequenceSpan], slots: Tensor, block_size: int) ->
     return Queries.of(sequences, slots, block_size)
 
 
+def native_decoding(queries: PagedQueries, slots: Tensor) -> Queries:
+    """Sequences with one new token each as `attend_native` takes them; the tensors are the same."""
+    return Queries(
+        queries.starts, queries.counts, queries.lengths, queries.tables, len(queries.starts), slots, queries.block_size
+    )
+
+
 def _write_new(inputs: LayerInputs, step: AttentionStep) -> None:
     inputs.keys.index_copy_(1, step.slots, inputs.new_keys)
     inputs.values.index_copy_(1, step.slots, inputs.new_values)

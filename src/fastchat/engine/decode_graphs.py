@@ -1,8 +1,9 @@
-"""Decode steps as CUDA graphs: a step is captured once for each padded batch size, and replayed from then on.
+"""Decode steps as graphs: a step is captured once for each batch size, and replayed from then on.
 
-A step of few sequences spends its time in starting a thousand small kernels; a replay starts them all at once. What a
-graph reads lies in buffers that stay where they are: a step copies its integers there, of the block tables only what
-changed. Rows that fill up a batch have length 0 and write to a slot that no sequence has.
+A step of few sequences spends its time in starting a thousand small kernels; a replay starts them all at once: a CUDA
+graph, or on a CPU the calls of our kernels (`native/recording.py`). What a graph reads lies in buffers that stay where
+they are: a step copies its integers there, of the block tables only what changed. On CUDA there are few sizes; rows
+that fill up a batch have length 0 and write to a slot that no sequence has.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ class Graph(Protocol):
 class GraphBackend(Protocol):
     """How a computation is captured."""
 
+    def sizes(self, max_running: int) -> list[int]:
+        """The batch sizes to capture, ascending, up to `max_running`."""
+
     def capture(self, compute: Callable[[], Tensor]) -> Graph:
-        """Capture `compute`, which may be called several times for it and never afterwards."""
+        """Capture `compute`, which may be called several times; each time it gives the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class DecodeGraphs:
         """`forward` gives hidden states (B, hidden_size); `max_blocks` are those of the longest sequence."""
         self._backend = backend
         self._forward = forward
-        self._sizes = batch_sizes(max_running)
+        self._sizes = backend.sizes(max_running)
         self._block_size = block_size
         self._spare_slot = spare_slot
         self._device = device
@@ -78,7 +82,7 @@ class DecodeGraphs:
         self._held_tables: list[list[int]] = [[] for _ in range(self._sizes[-1])]
 
     def __repr__(self) -> str:
-        return f"<DecodeGraphs captured {sorted(self._graphs)} of {self._sizes}>"
+        return f"<DecodeGraphs captured {sorted(self._graphs)} up to {self._sizes[-1]}>"
 
     def takes(self, batch: ScheduledBatch) -> bool:
         """Whether every sequence has one token to compute, without an adapter, and wants the next one alone."""
@@ -88,16 +92,11 @@ class DecodeGraphs:
         """Hidden states of the batch's tokens, (len(batch.scheduled), hidden_size); good until the next run."""
         num_sequences = len(batch.scheduled)
         size = next(size for size in self._sizes if size >= num_sequences)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
         self._set_inputs(batch.scheduled, size)
+        if size not in self._graphs:
+            inputs = self._inputs(size)
+            self._graphs[size] = self._backend.capture(lambda: self._forward(inputs))
         return self._graphs[size].replay()[:num_sequences]
-
-    def _capture(self, size: int) -> Graph:
-        self._numbers.zero_()  # no sequence has a length
-        self._numbers[2].fill_(self._spare_slot)
-        inputs = self._inputs(size)
-        return self._backend.capture(lambda: self._forward(inputs))
 
     def _inputs(self, size: int) -> DecodeInputs:
         token_ids, positions, slots, lengths = self._numbers[:, :size]
@@ -153,6 +152,10 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+
+    def sizes(self, max_running: int) -> list[int]:
+        """Few: a row more costs nothing, a graph holds memory."""
+        return batch_sizes(max_running)
 
     def capture(self, compute: Callable[[], Tensor]) -> CudaGraph:
         """Compute once on another stream, as torch demands, so that nothing is compiled or tuned while capturing."""

@@ -19,6 +19,7 @@ from fastchat.engine.attention import (
 from fastchat.engine.decode_graphs import CudaGraphs, GraphBackend
 from fastchat.native import attention as native_attention
 from fastchat.native.accelerator import runs_triton
+from fastchat.native.recording import RecordedCalls
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,11 @@ class Execution:
             return cls(attend_triton, CudaGraphs(), waits_once=True)
         if device.type == "cuda":
             return cls(attend_padded, waits_once=True)
-        is_native = device.type == "cpu" and native_attention.is_available(dtype)
-        return cls(attend_native if is_native else attend_each)
+        if device.type == "cpu" and native_attention.is_available(dtype):
+            return cls(attend_native, RecordedCalls())
+        return cls(attend_each)
 
     @property
     def takes_paged_queries(self) -> bool:
-        """Whether the kernel wants the spans as `PagedQueries`; the graphs' inputs are no others."""
-        return self.graphs is not None or self.kernel is attend_triton
+        """Whether the kernel wants the spans as `PagedQueries`."""
+        return self.kernel not in {attend_each, attend_native, attend_padded}

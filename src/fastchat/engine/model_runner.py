@@ -15,8 +15,10 @@ from fastchat.engine.attention import (
     AttentionStep,
     KVCacheTensors,
     SequenceSpan,
+    attend_each,
     attend_native,
     attend_padded,
+    native_decoding,
     native_queries,
     paged_attention,
 )
@@ -149,6 +151,7 @@ class ModelRunner:
             slots=inputs.slots,
             spans=[],
             on_layer=self._on_layer,
+            queries=native_decoding(inputs.queries, inputs.slots) if self._kernel is attend_native else None,
             paged_queries=(inputs.queries,),
         )
         return self._forward(inputs.token_ids, inputs.positions, step)
@@ -184,6 +187,7 @@ class ModelRunner:
         block_size = self._cache.block_size
         context_length = item.sequence.num_prefix_slots + item.end + len(item.draft)
         block_ids = item.sequence.block_ids[: -(-context_length // block_size)]
+        reads_index = self._kernel in {attend_each, attend_padded}
         are_adjacent = block_ids == list(range(block_ids[0], block_ids[0] + len(block_ids)))
         return SequenceSpan(
             query_start=query_start,
@@ -191,7 +195,7 @@ class ModelRunner:
             context_length=context_length,
             block_ids=block_ids,
             first_slot=block_ids[0] * block_size if are_adjacent else None,
-            block_index=None if are_adjacent or self._is_paged else torch.tensor(block_ids, device=self.device),
+            block_index=torch.tensor(block_ids, device=self.device) if reads_index and not are_adjacent else None,
         )
 
     def _slots(self, item: ScheduledSequence) -> list[int]:

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastchat.models.quantized_linear import Int4Linear, Int8Linear
 from fastchat.models.shared_tensors import PROCESS_TENSORS, side_by_side
-from fastchat.native.layers import add_rms_norm, rms_norm, rotate, silu_and_multiply
+from fastchat.native.layers import add_rms_norm, add_rows, normalize_heads, rms_norm, rotate, silu_and_multiply
 from fastchat.native.products import multiply
 
 Untyped = Any
@@ -112,7 +112,7 @@ class LeanLayer(nn.Module):
         attended = self.self_attn(_norm(residual, self.input_layernorm), position_embeddings, options)
         post = self.post_attention_layernorm
         normed = add_rms_norm(attended, residual, post.weight, post.variance_epsilon)
-        residual += self.down_proj(silu_and_multiply(self.gate_up_proj(normed)))
+        add_rows(self.down_proj(silu_and_multiply(self.gate_up_proj(normed))), residual)
         return hidden_states
 
 
@@ -128,8 +128,8 @@ class LeanAttention(nn.Module):
         self.sliding_window = _sliding_window(attention)
         self.num_heads: int = attention.config.num_attention_heads
         self.num_rotated = self.num_heads + attention.config.num_key_value_heads
-        self.q_norm = getattr(attention, "q_norm", None)
-        self.k_norm = getattr(attention, "k_norm", None)
+        self.q_norm: Untyped = getattr(attention, "q_norm", None)
+        self.k_norm: Untyped = getattr(attention, "k_norm", None)
         self.qkv_proj = join_rows([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o_proj = join_rows([attention.o_proj])
         self._is_interleaved = is_interleaved
@@ -142,7 +142,7 @@ class LeanAttention(nn.Module):
                 (heads[:, : self.num_heads], self.q_norm),
                 (heads[:, self.num_heads : self.num_rotated], self.k_norm),
             ):
-                part.copy_(_norm(part.reshape(-1, self.head_dim), norm).view(part.shape))
+                normalize_heads(part, norm.weight, norm.variance_epsilon)
         rotate(heads[:, : self.num_rotated], *angles, is_interleaved=self._is_interleaved)
         by_head = heads.transpose(0, 1).unsqueeze(0)  # (1, H + 2K, T, D)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]  # noqa: SLF001 - where transformers keeps it

@@ -20,9 +20,9 @@ struct Decoding {
     const void* query;        // (num_heads, num_tokens, head_dim), of these strides in elements
     int64_t head_stride;
     int64_t token_stride;
-    const int32_t* rows;      // (num_sequences,) the sequences' tokens in query and output
-    const int32_t* lengths;   // (num_sequences,) their contexts
-    const int32_t* blocks;    // (num_sequences, max_blocks) their block tables
+    const int64_t* rows;      // (num_sequences,) the sequences' tokens in query and output
+    const int64_t* lengths;   // (num_sequences,) their contexts
+    const int64_t* blocks;    // (num_sequences, max_blocks) their block tables
     int64_t num_sequences;
     int64_t max_blocks;
     int64_t num_heads;
@@ -34,7 +34,7 @@ constexpr int64_t PART = 512, TILE = 64;
 constexpr int VALUE_ROWS = LANES == 16 ? 6 : 2;  // by 4 registers of values
 
 struct Part {
-    int32_t sequence, index, num_parts;
+    int64_t sequence, index, num_parts;
 };
 
 // The running softmax of a group of query rows.
@@ -92,12 +92,13 @@ void score_tile(
     for (int64_t token = 0; token < count; token += COLUMNS) {
         const Columns<Dot> columns(
             head_dim, [&](int c) { return keys + slots[std::min(token + c, count - 1)] * head_dim; });
-        Cut::tiles(0, group, Dot::MAX_ROWS, [&](int64_t row, int64_t tile_rows) {
+        Cut::tiles(0, group, Dot::MAX_ROWS, [&](int64_t row, int64_t tile_rows, int64_t number, int64_t num_tiles) {
+            const Ahead ahead(TILE * head_dim, number, num_tiles);
             with_rows<Dot::MAX_ROWS>(tile_rows, [&](auto tile) {
                 constexpr int ROWS = decltype(tile)::value;
                 Floats sums[ROWS][COLUMNS];
                 const int64_t stride = padded(head_dim);
-                multiply_tile<Dot, ROWS>(columns, query + row * stride, stride, head_dim, TILE * head_dim, sums);
+                multiply_tile<Dot, ROWS>(columns, query + row * stride, stride, head_dim, ahead, sums);
                 for_row_groups(sums, [&](int r, int count, Floats results) {
                     alignas(64) float each[LANES];
                     store(each, results);
@@ -161,7 +162,7 @@ void attend_part(const Cache& cache, const Decoding& decoding, const Part& part,
     std::memset(state.sums, 0, group * head_dim * sizeof(float));
     const Element* keys = static_cast<const Element*>(cache.keys) + kv_head * cache.head_stride;
     const Element* values = static_cast<const Element*>(cache.values) + kv_head * cache.head_stride;
-    const int32_t* blocks = decoding.blocks + part.sequence * decoding.max_blocks;
+    const int64_t* blocks = decoding.blocks + part.sequence * decoding.max_blocks;
     const int64_t length = decoding.lengths[part.sequence];
     const int64_t first_seen = decoding.window ? std::max<int64_t>(0, length - decoding.window) : 0;
     const int64_t end = std::min(length, (part.index + 1) * PART);
@@ -172,7 +173,7 @@ void attend_part(const Cache& cache, const Decoding& decoding, const Part& part,
             slots[i] = blocks[(first + i) / cache.block_size] * cache.block_size + (first + i) % cache.block_size;
         score_tile<Dot>(query, group, keys, slots, count, head_dim, scores);
         weigh_tile(scores, group, count, decoding.scaling, state, factors);
-        Cut::tiles(0, group, VALUE_ROWS, [&](int64_t row, int64_t tile_rows) {
+        Cut::tiles(0, group, VALUE_ROWS, [&](int64_t row, int64_t tile_rows, int64_t, int64_t) {
             with_rows<VALUE_ROWS>(tile_rows, [&](auto tile) {
                 add_all_values<Element, decltype(tile)::value>(
                     values, slots, count, head_dim, scores + row * TILE, factors + row, state.sums + row * head_dim);
@@ -205,13 +206,13 @@ void attend(const Cache& cache, const Decoding& decoding, void* output, int64_t 
     const int64_t group = decoding.num_heads / cache.num_kv_heads, head_dim = cache.head_dim;
     const int64_t stride = Softmax::size(group, head_dim);
     std::vector<Part> parts;
-    for (int32_t s = 0; s < decoding.num_sequences; s++) {
-        const int32_t num_parts = (decoding.lengths[s] + PART - 1) / PART;
-        for (int32_t index = 0; index < num_parts; index++) parts.push_back({s, index, num_parts});
+    for (int64_t s = 0; s < decoding.num_sequences; s++) {
+        const int64_t num_parts = (decoding.lengths[s] + PART - 1) / PART;
+        for (int64_t index = 0; index < num_parts; index++) parts.push_back({s, index, num_parts});
     }
     const int64_t num_parts = parts.size();
     float* states = part_scratch.take<float>(num_parts * cache.num_kv_heads * stride);
-    auto write = [&](int32_t sequence, int64_t kv_head, const float* state) {
+    auto write = [&](int64_t sequence, int64_t kv_head, const float* state) {
         Element* to = static_cast<Element*>(output)
             + (decoding.rows[sequence] * decoding.num_heads + kv_head * group) * head_dim;
         write_result(Softmax(const_cast<float*>(state), group), group, head_dim, to);

@@ -26,7 +26,7 @@ def is_available(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """The new tokens of a step: B single ones, then C chunks; all on CPU, contiguous, int32."""
+    """The new tokens of a step: B single ones, then C chunks; all on CPU, contiguous, int64."""
 
     rows: Tensor
     """The places of the tokens, or of a chunk's first ones, in the packed batch. # (B + C,)"""
@@ -38,7 +38,7 @@ class Queries:
     """Block tables, filled up with anything. # (B + C, max_blocks)"""
     num_single: int
     slots: Tensor
-    """Where the keys and values of all tokens of the packed batch go. # (num_tokens,), int64"""
+    """Where the keys and values of all tokens of the packed batch go. # (num_tokens,)"""
     block_size: int
 
     @classmethod
@@ -53,10 +53,10 @@ class Queries:
         rows, counts, lengths, tables = zip(*singles, *chunks, strict=True)
         width = max(map(len, tables))
         return cls(
-            torch.tensor(rows, dtype=torch.int32),
-            torch.tensor(counts, dtype=torch.int32),
-            torch.tensor(lengths, dtype=torch.int32),
-            torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
+            torch.tensor(rows, dtype=torch.int64),
+            torch.tensor(counts, dtype=torch.int64),
+            torch.tensor(lengths, dtype=torch.int64),
+            torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int64),
             len(singles),
             slots,
             block_size,

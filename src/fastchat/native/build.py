@@ -20,7 +20,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,10 +54,12 @@ _SIGNATURES = {
     "fastchat_store_int8": (_INTEGER, *[_POINTER] * 3, *[_INTEGER] * 3),
     "fastchat_store_int4": (_INTEGER, *[_POINTER] * 3, *[_INTEGER] * 4),
     "fastchat_attend": (_INTEGER, *[_POINTER] * 11, *[_INTEGER] * 14, _FLOAT, _INTEGER),
-    "fastchat_normalize": (_INTEGER, *[_POINTER] * 4, *[_INTEGER] * 2, _FLOAT, _INTEGER),
+    "fastchat_normalize": (_INTEGER, *[_POINTER] * 4, *[_INTEGER] * 4, _FLOAT, _INTEGER),
+    "fastchat_add": (_INTEGER, *[_POINTER] * 2, *[_INTEGER] * 2),
     "fastchat_silu_and_multiply": (_INTEGER, *[_POINTER] * 2, *[_INTEGER] * 3),
     "fastchat_add_low_rank": (_INTEGER, *[_POINTER] * 3, *[_INTEGER] * 4),
     "fastchat_rotate": (_INTEGER, *[_POINTER] * 3, *[_INTEGER] * 7),
+    "fastchat_replay": (_POINTER, _INTEGER, _INTEGER),
 }
 
 
@@ -61,9 +67,36 @@ class NativeBuildError(RuntimeError):
     """The kernels cannot be had here; its text says why."""
 
 
-@functools.cache
-def kernels() -> ctypes.CDLL | None:
+Library = Any
+"""A `ctypes.CDLL` with the functions of `_SIGNATURES`, or what takes their calls instead."""
+
+
+class _Recording(threading.local):
+    """What takes this thread's calls, while they are recorded."""
+
+    library: Library | None = None
+
+
+_recording = _Recording()
+
+
+def kernels() -> Library | None:
     """The library for this CPU, built if need be on the first call; None where torch must do its work."""
+    return _recording.library or loaded_library()
+
+
+@contextmanager
+def calls_go_to(recorder: Library) -> Iterator[None]:
+    """This thread's calls of kernels, while the block lasts."""
+    _recording.library = recorder
+    try:
+        yield
+    finally:
+        _recording.library = None
+
+
+@functools.cache
+def loaded_library() -> Library | None:
     choice = os.environ.get(VARIABLE, "1")
     if choice not in {"0", "1", *LEVELS}:
         raise ConfigError(f"{VARIABLE}={choice} is unknown; use 0, 1, {', '.join(LEVELS)}.")

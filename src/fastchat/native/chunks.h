@@ -8,12 +8,12 @@
 // values are taken in tiles from the context's beginning on, so a row's result depends on nothing but its own context.
 
 struct Chunks {
-    const int32_t* counts;    // (num_sequences,) query tokens of each; they are the last of its context
+    const int64_t* counts;    // (num_sequences,) query tokens of each; they are the last of its context
     Decoding each;            // `rows` are the first of them
 };
 
 struct ChunkTask {
-    int32_t sequence, first_token, num_tokens;
+    int64_t sequence, first_token, num_tokens;
 };
 
 constexpr int64_t TASK_ROWS = 128, COLUMN_VECTORS = 4, COLUMN_BLOCK = COLUMN_VECTORS * LANES;
@@ -46,7 +46,7 @@ INLINE void accumulate_all(
     float* out, int64_t out_row, int64_t num_rows, int64_t num_columns) {
     for (int64_t column = 0; column < num_columns;) {
         const bool is_block = column + COLUMN_BLOCK <= num_columns;
-        Cut::tiles(0, num_rows, VALUE_ROWS, [&](int64_t row, int64_t tile_rows) {
+        Cut::tiles(0, num_rows, VALUE_ROWS, [&](int64_t row, int64_t tile_rows, int64_t, int64_t) {
             with_rows<VALUE_ROWS>(tile_rows, [&](auto tile) {
                 constexpr int ROWS = decltype(tile)::value;
                 const float* own = factors ? factors + row : nullptr;
@@ -142,7 +142,7 @@ void attend_task(const Cache& cache, const Chunks& chunks, const ChunkTask& task
     }
     const Element* keys = static_cast<const Element*>(cache.keys) + kv_head * cache.head_stride;
     const Element* values = static_cast<const Element*>(cache.values) + kv_head * cache.head_stride;
-    const int32_t* blocks = each.blocks + task.sequence * each.max_blocks;
+    const int64_t* blocks = each.blocks + task.sequence * each.max_blocks;
     const int64_t end = first_place + task.num_tokens;
     const int64_t first_seen = each.window ? std::max<int64_t>(0, first_place + 1 - each.window) : 0;
     for (int64_t first = first_seen / TILE * TILE; first < end; first += TILE) {
@@ -171,10 +171,10 @@ void attend_task(const Cache& cache, const Chunks& chunks, const ChunkTask& task
 template <class Element>
 void attend_chunks(const Cache& cache, const Chunks& chunks, void* output, int64_t num_threads) {
     const int64_t group = chunks.each.num_heads / cache.num_kv_heads;
-    const int32_t tokens_per_task = std::max<int64_t>(1, TASK_ROWS / group);
+    const int64_t tokens_per_task = std::max<int64_t>(1, TASK_ROWS / group);
     std::vector<ChunkTask> tasks;
-    for (int32_t s = 0; s < chunks.each.num_sequences; s++)
-        for (int32_t token = 0; token < chunks.counts[s]; token += tokens_per_task)
+    for (int64_t s = 0; s < chunks.each.num_sequences; s++)
+        for (int64_t token = 0; token < chunks.counts[s]; token += tokens_per_task)
             tasks.push_back({s, token, std::min(tokens_per_task, chunks.counts[s] - token)});
     const int64_t num_tasks = tasks.size();
     for_each(num_tasks * cache.num_kv_heads, num_threads, [&](int64_t i) {

@@ -5,6 +5,8 @@
 // number is computed by one thread in an order that depends only on its own row, so results do not depend on the
 // number of threads nor on the other rows of a batch. Threads are those of torch's own OpenMP.
 
+#include <tuple>
+
 #include "chunks.h"
 #include "lane_panels.h"
 #include "layers.h"
@@ -125,8 +127,8 @@ void fastchat_store_int4(
 // entries of rows, lengths and blocks are single tokens, the `num_chunks` behind them are `counts` tokens each.
 void fastchat_attend(
     int64_t element, const void* query, const void* new_keys, const void* new_values, void* keys, void* values,
-    void* output, const int64_t* slots, const int32_t* rows, const int32_t* counts, const int32_t* lengths,
-    const int32_t* blocks, int64_t num_decoding, int64_t num_chunks, int64_t max_blocks, int64_t num_tokens,
+    void* output, const int64_t* slots, const int64_t* rows, const int64_t* counts, const int64_t* lengths,
+    const int64_t* blocks, int64_t num_decoding, int64_t num_chunks, int64_t max_blocks, int64_t num_tokens,
     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t query_head_stride, int64_t query_token_stride,
     int64_t new_head_stride, int64_t new_token_stride, int64_t cache_head_stride, int64_t block_size, int64_t window,
     float scaling, int64_t num_threads) {
@@ -159,16 +161,32 @@ void fastchat_attend(
     });
 }
 
-// `added` may be null.
+// Rows of x and output lie side by side in groups of `group_size`, which are `group_stride` elements apart; output may
+// be x. `added` may be null.
 void fastchat_normalize(
     int64_t element, const void* x, void* added, const void* weight, void* output, int64_t num_rows, int64_t size,
-    float epsilon, int64_t num_threads) {
+    int64_t group_size, int64_t group_stride, float epsilon, int64_t num_threads) {
     with_element(element, [&](auto zero) {
         typedef decltype(zero) Element;
         for_each(num_rows, num_rows * size < WORTH_THREADS ? 1 : num_threads, [&](int64_t row) {
+            const int64_t place = row / group_size * group_stride + row % group_size * size;
             normalize_row(
-                static_cast<const Element*>(x) + row * size, added ? static_cast<Element*>(added) + row * size : nullptr,
-                static_cast<const Element*>(weight), static_cast<Element*>(output) + row * size, size, epsilon);
+                static_cast<const Element*>(x) + place, added ? static_cast<Element*>(added) + place : nullptr,
+                static_cast<const Element*>(weight), static_cast<Element*>(output) + place, size, epsilon);
+        });
+    });
+}
+
+// x += added
+void fastchat_add(int64_t element, void* x, const void* added, int64_t count, int64_t num_threads) {
+    with_element(element, [&](auto zero) {
+        typedef decltype(zero) Element;
+        const int64_t num_parts = (count + WORTH_THREADS - 1) / WORTH_THREADS;
+        for_each(num_parts, num_threads, [&](int64_t part) {
+            const int64_t begin = part * WORTH_THREADS;
+            add_to(
+                static_cast<Element*>(x) + begin, static_cast<const Element*>(added) + begin,
+                std::min(WORTH_THREADS, count - begin));
         });
     });
 }
@@ -230,3 +248,46 @@ void fastchat_rotate(
 }
 
 }  // extern "C"
+
+// ------------------------------------------------------------------------------------------------- recorded calls
+
+// A call's number among these, and its arguments but for the number of threads, which is the last of all of them.
+// recording.py has the same order.
+constexpr auto FUNCTIONS = std::make_tuple(
+    &fastchat_multiply, &fastchat_multiply_int8, &fastchat_multiply_int4, &fastchat_attend, &fastchat_normalize,
+    &fastchat_add, &fastchat_silu_and_multiply, &fastchat_rotate);
+constexpr int64_t RECORD_SIZE = 32;
+
+template <class Argument>
+Argument argument(int64_t bits) {
+    if constexpr (std::is_pointer_v<Argument>) return reinterpret_cast<Argument>(bits);
+    else if constexpr (std::is_same_v<Argument, float>) {
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    } else return bits;
+}
+
+template <class... Arguments, size_t... I>
+void call(void (*function)(Arguments...), const int64_t* bits, int64_t num_threads, std::index_sequence<I...>) {
+    constexpr size_t LAST = sizeof...(Arguments) - 1;
+    static_assert(LAST < RECORD_SIZE);
+    function(argument<Arguments>(I == LAST ? num_threads : bits[I])...);
+}
+
+template <class... Arguments>
+void call(void (*function)(Arguments...), const int64_t* bits, int64_t num_threads) {
+    call(function, bits, num_threads, std::make_index_sequence<sizeof...(Arguments)>());
+}
+
+template <size_t... I>
+void call_number(int64_t number, const int64_t* bits, int64_t num_threads, std::index_sequence<I...>) {
+    ((number == int64_t(I) ? call(std::get<I>(FUNCTIONS), bits, num_threads) : void()), ...);
+}
+
+// records (num_calls, RECORD_SIZE)
+extern "C" void fastchat_replay(const int64_t* records, int64_t num_calls, int64_t num_threads) {
+    for (const int64_t* record = records; record < records + num_calls * RECORD_SIZE; record += RECORD_SIZE)
+        call_number(
+            record[0], record + 1, num_threads, std::make_index_sequence<std::tuple_size_v<decltype(FUNCTIONS)>>());
+}

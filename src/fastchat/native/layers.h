@@ -76,3 +76,10 @@ void rotate_head(Element* head, const Element* cosines, const Element* sines, in
         put(second, product(b, cosines[i]) + product(a, sines[i]));
     }
 }
+
+template <class Element>
+void add_to(Element* x, const Element* added, int64_t count) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(x + i, load(x + i) + load(added + i));
+    for (; i < count; i++) put(x + i, to_float(x[i]) + to_float(added[i]));
+}

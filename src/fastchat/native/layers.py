@@ -41,10 +41,48 @@ def _normalize(rows: Tensor, added: Tensor | None, weight: Tensor, epsilon: floa
         weight.data_ptr(),
         output.data_ptr(),
         *rows.shape,
+        1,
+        rows.shape[1],
         epsilon,
         torch.get_num_threads(),
     )
     return output
+
+
+def normalize_heads(heads: Tensor, weight: Tensor, epsilon: float) -> None:
+    """`rms_norm` in place for each head of heads (T, num_heads, D), which may be a part of a packed row."""
+    library = kernels()
+    num_tokens, num_heads, head_dim = heads.shape
+    assert weight.shape == (head_dim,)
+    if library is None or not _is_packed(heads) or _are_for_torch(weight) or heads.dtype != weight.dtype:
+        heads.copy_(rms_norm(heads.reshape(-1, head_dim), weight, epsilon).view(heads.shape))
+        return
+    address = heads.data_ptr()
+    library.fastchat_normalize(
+        ELEMENTS[heads.dtype],
+        address,
+        None,
+        weight.data_ptr(),
+        address,
+        num_tokens * num_heads,
+        head_dim,
+        num_heads,
+        heads.stride(0),
+        epsilon,
+        torch.get_num_threads(),
+    )
+
+
+def add_rows(rows: Tensor, residual: Tensor) -> None:
+    """Add rows (T, S) to `residual` (T, S) in place."""
+    library = kernels()
+    if library is None or _are_for_torch(rows, residual):
+        residual.add_(rows)
+        return
+    assert rows.shape == residual.shape
+    library.fastchat_add(
+        ELEMENTS[rows.dtype], residual.data_ptr(), rows.data_ptr(), rows.numel(), torch.get_num_threads()
+    )
 
 
 def silu_and_multiply(rows: Tensor) -> Tensor:
@@ -71,8 +109,7 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, *, is_interleaved: boo
     half = cosines.shape[1]
     assert cosines.shape == sines.shape == (num_tokens, half)
     assert 2 * half <= head_dim
-    is_packed = heads.stride(2) == 1 and (num_heads == 1 or heads.stride(1) == head_dim)
-    if library is None or not is_packed or _are_for_torch(cosines, sines) or heads.dtype != cosines.dtype:
+    if library is None or not _is_packed(heads) or _are_for_torch(cosines, sines) or heads.dtype != cosines.dtype:
         _rotate_in_torch(heads, cosines, sines, is_interleaved=is_interleaved)
         return
     library.fastchat_rotate(
@@ -100,6 +137,12 @@ def _rotate_in_torch(heads: Tensor, cosines: Tensor, sines: Tensor, *, is_interl
     turned_first = first * cosines - second * sines
     second.copy_(second * cosines + first * sines)
     first.copy_(turned_first)
+
+
+def _is_packed(heads: Tensor) -> bool:
+    """Whether the heads of a token lie side by side."""
+    _, num_heads, head_dim = heads.shape
+    return heads.stride(2) == 1 and (num_heads == 1 or heads.stride(1) == head_dim)
 
 
 def _are_for_torch(*tensors: Tensor) -> bool:

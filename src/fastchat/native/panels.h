@@ -96,7 +96,7 @@ INLINE void multiply_panels(
         int8_t* panels = panel_scratch.take<int8_t>(together * panel_bytes);
         for (int64_t panel = first; panel < last; panel++)
             fill_panel(weight, panel * PANEL_COLUMNS, num_columns, num_inputs, panels + (panel - first) * panel_bytes);
-        Cut::tiles(0, num_rows, PANEL_ROWS, [&](int64_t row, int64_t tile_rows) {
+        Cut::tiles(0, num_rows, PANEL_ROWS, [&](int64_t row, int64_t tile_rows, int64_t, int64_t) {
             for (int64_t panel = first; panel < last; panel++)
                 with_rows<PANEL_ROWS>(tile_rows, [&](auto rows) {
                     multiply_panel<decltype(rows)::value>(

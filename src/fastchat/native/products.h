@@ -110,24 +110,31 @@ struct Columns {
     }
 };
 
-// How far ahead of its use W is asked for: the same place of the chunk's next tile, or further in this row.
-INLINE int64_t bytes_ahead(int64_t row_bytes, bool is_last_tile) { return is_last_tile ? 1024 : COLUMNS * row_bytes; }
+// How far ahead of its use each row of W is asked for: the same place of the chunk's next tile, or further in this row.
+// The tiles of x that are multiplied with the same rows of W share the asking, so that memory is read all the time and
+// not during the first one alone; the others ask for what is there.
+struct Ahead {
+    int64_t bytes[COLUMNS];
 
-INLINE void fetch(const void* from, int64_t bytes_ahead) {
-    _mm_prefetch(static_cast<const char*>(from) + bytes_ahead, _MM_HINT_T1);
-}
+    Ahead(int64_t distance, int64_t tile, int64_t num_tiles) {
+        for (int64_t c = 0; c < COLUMNS; c++) bytes[c] = c * num_tiles / COLUMNS == tile ? distance : 0;
+    }
+    INLINE void fetch(const void* from, int column) const {
+        _mm_prefetch(static_cast<const char*>(from) + bytes[column], _MM_HINT_T1);
+    }
+};
 
 template <class Dot, int ROWS>
 INLINE void multiply_tile(
     const Columns<Dot>& columns, const typename Dot::Input* x, int64_t x_stride, int64_t num_inputs,
-    int64_t ahead, typename Dot::Sum (&sums)[ROWS][COLUMNS]) {
+    const Ahead& ahead, typename Dot::Sum (&sums)[ROWS][COLUMNS]) {
     UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int c = 0; c < COLUMNS; c++) sums[r][c] = Dot::zero();
     const int64_t whole = num_inputs / Dot::STEP * Dot::STEP;
     for (int64_t k = 0; k < whole; k += Dot::STEP) {
         typename Dot::Register weight[COLUMNS];
         UNROLL for (int c = 0; c < COLUMNS; c++) {
             weight[c] = Dot::take(columns.rows[c] + k);
-            fetch(columns.rows[c] + k, ahead);
+            ahead.fetch(columns.rows[c] + k, c);
         }
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int c = 0; c < COLUMNS; c++)
@@ -253,13 +260,13 @@ struct Cut {
         num_blocks = (num_rows + rows_per_block - 1) / rows_per_block;
     }
 
-    // Calls use(first_row, num_rows) for tiles of nearly equal height over rows [first, end).
+    // Calls use(first_row, num_rows, tile, num_tiles) for tiles of nearly equal height over rows [first, end).
     template <class Use>
     static INLINE void tiles(int64_t first, int64_t end, int max_tile_rows, const Use& use) {
         const int64_t num_tiles = (end - first + max_tile_rows - 1) / max_tile_rows;
         for (int64_t tile = 0; tile < num_tiles; tile++) {
             const int64_t from = first + (end - first) * tile / num_tiles;
-            use(from, first + (end - first) * (tile + 1) / num_tiles - from);
+            use(from, first + (end - first) * (tile + 1) / num_tiles - from, tile, num_tiles);
         }
     }
 };
@@ -280,8 +287,9 @@ void multiply_all(
                 const Columns<Dot> columns(
                     num_inputs, [&](int c) { return weight + std::min(column + c, num_columns - 1) * num_inputs; });
                 const int64_t row_bytes = num_inputs * sizeof(typename Dot::Weight);
-                const int64_t ahead = bytes_ahead(row_bytes, column + COLUMNS >= end_column);
-                Cut::tiles(first_row, end_row, Dot::MAX_ROWS, [&](int64_t row, int64_t tile_rows) {
+                const int64_t distance = column + COLUMNS < end_column ? COLUMNS * row_bytes : 1024;
+                Cut::tiles(first_row, end_row, Dot::MAX_ROWS, [&](int64_t row, int64_t tile_rows, int64_t tile, int64_t num_tiles) {
+                    const Ahead ahead(distance, tile, num_tiles);
                     with_rows<Dot::MAX_ROWS>(tile_rows, [&](auto rows) {
                         typename Dot::Sum sums[decltype(rows)::value][COLUMNS];
                         multiply_tile<Dot, decltype(rows)::value>(columns, x + row * x_stride, x_stride, num_inputs, ahead, sums);

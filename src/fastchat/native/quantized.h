@@ -111,14 +111,14 @@ INLINE Bytes unpacked(__m256i packed) {
 template <int ROWS, bool HAS_SMALL_GROUPS>
 INLINE void multiply_int4_tile(
     const uint8_t* const (&columns)[COLUMNS], const float* const (&scales)[COLUMNS], int64_t units_per_group,
-    const QuantizedRows& x, int64_t row, int64_t ahead, Floats (&sums)[ROWS][COLUMNS]) {
+    const QuantizedRows& x, int64_t row, const Ahead& ahead, Floats (&sums)[ROWS][COLUMNS]) {
     UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int c = 0; c < COLUMNS; c++) sums[r][c] = zeros();
     const int64_t num_units = x.stride / UNIT;
     int64_t group = 0, units_left = units_per_group;
     for (int64_t unit = 0; unit < num_units; unit++) {
         UNROLL for (int c = 0; c < COLUMNS; c++) {
             const uint8_t* from = columns[c] + unit * UNIT / 2;
-            fetch(from, ahead);
+            ahead.fetch(from, c);
             const float* scale = scales[c] + group;
 #if defined(__AVX512VNNI__)
             __m512i weight = unpacked(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -176,15 +176,16 @@ void multiply_int4(
             for (int64_t column = chunk * cut.columns_per_chunk; column < end_column; column += COLUMNS) {
                 const uint8_t* columns[COLUMNS];
                 const float* column_scales[COLUMNS];
-                const int64_t ahead = bytes_ahead(row_bytes, column + COLUMNS >= end_column);
+                const int64_t distance = column + COLUMNS < end_column ? COLUMNS * row_bytes : 1024;
                 for (int c = 0; c < COLUMNS; c++) {
                     const int64_t from = std::min(column + c, num_columns - 1);
                     columns[c] = weight + from * row_bytes;
                     column_scales[c] = scales + from * num_groups;
                 }
-                Cut::tiles(first_row, end_row, MAX_ROWS, [&](int64_t row, int64_t tile_rows) {
-                    with_rows<MAX_ROWS>(tile_rows, [&](auto tile) {
-                        constexpr int ROWS = decltype(tile)::value;
+                Cut::tiles(first_row, end_row, MAX_ROWS, [&](int64_t row, int64_t tile_rows, int64_t tile, int64_t num_tiles) {
+                    const Ahead ahead(distance, tile, num_tiles);
+                    with_rows<MAX_ROWS>(tile_rows, [&](auto rows_of_tile) {
+                        constexpr int ROWS = decltype(rows_of_tile)::value;
                         Floats sums[ROWS][COLUMNS];
                         if (group_size < UNIT)
                             multiply_int4_tile<ROWS, true>(columns, column_scales, 1, rows, row, ahead, sums);
