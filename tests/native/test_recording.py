@@ -123,7 +123,7 @@ def test_recordings_share_the_memory_of_what_is_gone():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("what", ["item", "operators", "kernel"])
+@pytest.mark.parametrize("what", ["item", "list", "operators", "kernel"])
 def test_what_cannot_be_recorded_is_computed_every_time(what):
     rows, down, up = torch.randn(2, 16), torch.randn(4, 16), torch.randn(4, 16)
 
@@ -131,6 +131,8 @@ def test_what_cannot_be_recorded_is_computed_every_time(what):
         result = multiply(rows, down.new_ones(16, 16))
         if what == "item":
             return result * (2 if rows.sum().item() > 0 else 3)
+        if what == "list":
+            return result * (2 if rows.tolist()[0][0] > 0 else 3)
         if what == "operators":
             for _ in range(MAX_OPERATORS + 1):
                 result = result + 1

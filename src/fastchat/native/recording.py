@@ -50,6 +50,8 @@ MIN_BLOCK_BYTES = 4096
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset({_aten.empty, _aten.empty_like, _aten.new_empty})
+_WAYS_OUT = frozenset({_aten.resolve_conj, _aten.resolve_neg})
+"""What `tolist` and `numpy` call first; they then read the memory themselves."""
 
 
 class NotRecordableError(Exception):
@@ -180,7 +182,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gi
         if function.overloadpacket in _ALLOCATIONS:
             return self._pool.like(outcome) if outcome.is_contiguous() else outcome
         results = [result for result in tree_leaves(outcome) if isinstance(result, Tensor)]
-        if not results:
+        if not results or function.overloadpacket in _WAYS_OUT:
             raise NotRecordableError(f"{function} gives Python a value")
         given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         if function._schema.is_mutable or not given.issuperset(map(_storage, results)):  # noqa: SLF001 - no other way
