@@ -80,7 +80,7 @@ def test_a_worker_that_is_killed_costs_its_own_streams_alone(tmp_path):
         assert len(broken) == NUM_STREAMS // 2
         assert {event["error"]["code"] for event in broken} == {"worker_lost"}
         assert later == [b"[DONE]"] * 4
-        assert took_s < 2
+        assert took_s < 10
         assert "torch" not in Path(f"/proc/{api.pid}/maps").read_text()
         assert "Uvicorn running on http://localhost:" in api.log
         assert "args: Namespace(host=" in api.log.splitlines()[0]

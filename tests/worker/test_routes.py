@@ -317,7 +317,7 @@ def test_long_work_of_one_model_holds_up_neither_the_other_nor_life_signs(worker
         lines = busy.iter_lines()  # held: when it is dropped, the client leaves
         assert len([next(lines) for _ in range(2 * 20)]) == 40  # behind the eight roles come tokens
         assert worker.chat(**{**CHAT, "model": "qwen"}, max_tokens=4)["choices"]
-        assert worker.get("/livez").elapsed.total_seconds() < 1
+        assert worker.get("/livez").elapsed.total_seconds() < 5
         assert not is_empty(worker.stats("chatglm2-6b"))
     worker.wait_until_empty()
 
