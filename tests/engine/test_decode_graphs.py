@@ -8,6 +8,9 @@ from fastchat.engine.engine import Engine, EngineConfig
 from fastchat.engine.events import SequenceRequest
 from fastchat.engine.execution import Execution
 from fastchat.engine.sampling_params import SamplingParams
+from fastchat.models.lean import make_lean
+from fastchat.native import attention as native_attention
+from fastchat.native.recording import Recording
 from tests.engine.conftest import KV_BYTES_PER_TOKEN, answer_ids, run_all
 from tests.engine.recorded_graphs import RecordedGraphs, attend_paged
 from tests.engine.tiny_models import make_model
@@ -57,6 +60,32 @@ def test_captured_steps_give_the_same_tokens(family, num_blocks):
     before = len(backend.graphs)
     assert answers(engine) == expected
     assert len(backend.graphs) == before
+
+
+@pytest.mark.skipif(not native_attention.is_available(torch.float32), reason="there are no kernels here")
+@pytest.mark.parametrize("family", ["glm", "llama", "mistral", "qwen2", "qwen3"])
+def test_every_lean_family_is_recorded_on_a_cpu(family):
+    """And gives the tokens of operation by operation."""
+    model = make_model(family)
+    make_lean(model)
+    execution = Execution.of(model.device, model.dtype)
+    backend = Watched(execution.graphs)
+    recorded = answers(make_engine(model, Execution(execution.kernel, backend)))
+    assert {type(graph) for graph in backend.graphs} == {Recording}
+    assert recorded == answers(make_engine(model, Execution(execution.kernel)))
+
+
+class Watched:
+    """A backend that keeps what it captured."""
+
+    def __init__(self, backend):
+        self._backend = backend
+        self.sizes = backend.sizes
+        self.graphs = []
+
+    def capture(self, compute):
+        self.graphs.append(self._backend.capture(compute))
+        return self.graphs[-1]
 
 
 def test_sizes_are_powers_of_two_up_to_all_that_run():

@@ -123,7 +123,7 @@ def test_recordings_share_the_memory_of_what_is_gone():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("what", ["item", "list", "operators", "kernel"])
+@pytest.mark.parametrize("what", ["item", "list", "number", "strides", "operators", "kernel"])
 def test_what_cannot_be_recorded_is_computed_every_time(what):
     rows, down, up = torch.randn(2, 16), torch.randn(4, 16), torch.randn(4, 16)
 
@@ -133,6 +133,10 @@ def test_what_cannot_be_recorded_is_computed_every_time(what):
             return result * (2 if rows.sum().item() > 0 else 3)
         if what == "list":
             return result * (2 if rows.tolist()[0][0] > 0 else 3)
+        if what == "number":
+            return result * torch.tensor([2.0])
+        if what == "strides":
+            return torch.empty_like(result.t()).copy_(result.t())
         if what == "operators":
             for _ in range(MAX_OPERATORS + 1):
                 result = result + 1

@@ -23,8 +23,6 @@ from fastchat.engine.staging import send, send_floats
 
 _NUM_CANDIDATES = (64, 1024)
 """Cut-offs look at so many of the most probable tokens first; sorting a whole vocabulary costs twenty times as much."""
-
-
 _SEARCH_WIDTH = 256
 """torch looks for a place ten times as slowly as for a value: a row's largest value is found in parts of this width."""
 

@@ -14,7 +14,8 @@
 constexpr int TILE_ROWS = 12, MIN_TILE_ROWS = 8, NUM_LEVELS = 4;
 constexpr int64_t MAX_BLOCK_TILES = 8;
 constexpr int64_t LEVEL_SIZE = MAX_BLOCK_TILES * TILE_ROWS * PANEL_COLUMNS;
-constexpr int64_t LANE_ORDER[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // in which sum_quarters and sum_rows add them
+// The order in which sum_quarters and sum_rows add lanes.
+constexpr int64_t LANE_ORDER[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
 
 // Sixteen words, zeros past the first `count` elements.
 INLINE Bytes some_words(const BFloat16* from, int64_t count) {

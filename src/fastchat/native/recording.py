@@ -50,8 +50,9 @@ MIN_BLOCK_BYTES = 4096
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset({_aten.empty, _aten.empty_like, _aten.new_empty})
-_WAYS_OUT = frozenset({_aten.resolve_conj, _aten.resolve_neg})
-"""What `tolist` and `numpy` call first; they then read the memory themselves."""
+_WAYS_TO_PYTHON = frozenset({_aten.resolve_conj, _aten.resolve_neg, _aten.lift_fresh})
+"""What `tolist` and `numpy` call first, which then read the memory themselves; and what `torch.tensor` calls, whose
+numbers may be others in the next step."""
 
 
 class NotRecordableError(Exception):
@@ -77,7 +78,7 @@ class RecordedCalls:
         except NotRecordableError as reason:
             logger.debug("steps are not recorded reason=%s", reason)
             return Computed(compute)
-        return Recording(recorder.steps(), output)
+        return Recording(recorder.steps(), output, self._pool)
 
 
 @dataclass(slots=True)
@@ -97,6 +98,8 @@ class Recording:
 
     steps: list[Callable[[], None]]
     output: Tensor
+    memory: _Pool
+    """Held, because the kernels' arguments are addresses in it."""
     _is_fresh: bool = True
 
     def replay(self) -> Tensor:
@@ -180,10 +183,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gi
         kwargs = kwargs or {}
         outcome = function(*args, **kwargs)
         if function.overloadpacket in _ALLOCATIONS:
-            return self._pool.like(outcome) if outcome.is_contiguous() else outcome
+            if not outcome.is_contiguous():
+                raise NotRecordableError("a result is not contiguous")  # nothing would hold its memory
+            return self._pool.like(outcome)
         results = [result for result in tree_leaves(outcome) if isinstance(result, Tensor)]
-        if not results or function.overloadpacket in _WAYS_OUT:
-            raise NotRecordableError(f"{function} gives Python a value")
+        if not results or function.overloadpacket in _WAYS_TO_PYTHON:
+            raise NotRecordableError(f"{function} gives Python a value, or takes one")
         given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         if function._schema.is_mutable or not given.issuperset(map(_storage, results)):  # noqa: SLF001 - no other way
             self._num_operators += 1
