@@ -199,11 +199,12 @@ def test_a_conversation_beyond_the_context_is_refused_readably(visit):
 
 def test_code_tables_and_formulas_are_formatted(visit):
     """Highlighted code, real tables, formulas between dollars and between \\( and \\)."""
-    visit.send("```python\ndef f(): return 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n$E=mc^2$ and \\(a^2\\)")
+    formulas = "$E=mc^2$ and \\(a^2\\) and $面积=πr^2$"
+    visit.send(f"```python\ndef f(): return 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n{formulas}")
     user = visit.page.locator("#chat [data-testid=user]").first
     user.locator("pre code .token.keyword").first.wait_for()
     assert user.locator("table td").all_inner_texts() == ["1", "2"]
-    visit.wait_for(lambda: user.locator(".katex").count() == 2, what="two formulas")
+    visit.wait_for(lambda: user.locator(".katex").count() == 3, what="three formulas")
     visit.wait_until_answered()
 
 
