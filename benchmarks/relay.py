@@ -323,10 +323,13 @@ def _wait_for_models(url: str) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """It stays bound here without being listened on, so that only who names it may have it."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port: int = holder.getsockname()[1]
+    holder.detach()  # open until this process ends
+    return port
 
 
 def _cpu_s(pid: int) -> float:

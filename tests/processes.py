@@ -173,11 +173,17 @@ def run_command(
 
 
 def free_port() -> int:
-    """A port that was free a moment ago, for a process that must come back on the same one."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port for a process that must come back on the same one, or on which nobody is to listen.
+
+    It stays bound here, for good, without being listened on: the kernel gives it to nobody who asks for any port, and
+    whoever names it may listen there, with SO_REUSEADDR as every server of ours.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port: int = holder.getsockname()[1]
+    holder.detach()  # open until this process ends
+    return port
 
 
 def process_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

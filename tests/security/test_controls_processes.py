@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from tests.checkpoints import write_checkpoint
-from tests.processes import ROOT, ServerProcess, start_command
+from tests.processes import ROOT, ServerProcess, free_port, start_command
 from tests.security.conftest import GIVEN_KEY, MODEL
 
 LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (DEBUG|INFO|WARNING|ERROR) \| \S+ \| ")
@@ -74,13 +74,11 @@ def test_c17_a_log_that_cannot_be_written_fails_no_request(tmp_path):
     """The disk is full where the log goes; the answers are as ever."""
     if not Path("/dev/full").exists():
         pytest.skip("this system has no device that is always full")
-    with start_command("controller", "--port", "0", state_dir=tmp_path) as known:
-        port = known.port
+    port, token = free_port(), secrets.token_hex(16)
     with ServerProcess(
         ["sh", "-c", f"exec {sys.executable} -m fastchat.serve.controller --port {port} 2>/dev/full"],
-        environment={"FASTCHAT_STATE_DIR": str(tmp_path)},
+        environment={"FASTCHAT_STATE_DIR": str(tmp_path), "FASTCHAT_CLUSTER_TOKEN": token},
     ) as process:
-        token = (tmp_path / "cluster-token").read_text().strip()
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/list_models", b"", {"Authorization": f"Bearer {token}"}
         )
@@ -92,7 +90,7 @@ def answer_when_there(process, request, context=None):
     """The answer of a server that may still be starting."""
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+            with urllib.request.urlopen(request, timeout=60, context=context) as answer:
                 return answer.read()
         except urllib.error.URLError as error:
             if not isinstance(error.reason, ConnectionRefusedError) or process.process.poll() is not None:
@@ -156,7 +154,7 @@ def test_c19_every_hop_speaks_tls(certificates, tmp_path):
         doubting.wait_for_line("TLS with the controller failed: .*must be trusted .SSL_CERT_FILE")
         plain.wait_for_line("waiting for the controller")
         for process in (controller, worker, api):
-            with socket.create_connection(("127.0.0.1", process.port), timeout=10) as connection:
+            with socket.create_connection(("127.0.0.1", process.port), timeout=60) as connection:
                 connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert b"200" not in connection.recv(100)
         assert "watching the controller" not in doubting.log + plain.log
