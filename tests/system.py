@@ -64,7 +64,8 @@ def running_system(
     state_dir = folder / "state"
     if not worker_flags:
         write_checkpoint(folder / model_names[0], family)
-        worker_flags = ("--model-path", folder / model_names[0])
+        # In float32 a text does not depend on the batch, whatever the processor and with or without a compiler.
+        worker_flags = ("--model-path", folder / model_names[0], "--dtype", "float32")
     controller_flags = ("--port", str(free_port()))
     address = ("--controller-address", f"http://127.0.0.1:{controller_flags[1]}")
     with ExitStack() as processes:

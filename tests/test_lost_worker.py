@@ -15,7 +15,7 @@ QUESTION = {
     "model": MODEL_NAME,
     "messages": [{"role": "user", "content": "Tell me a long story."}],
     "temperature": 0,
-    "max_tokens": 400,
+    "max_tokens": 1000,  # so long that it runs while the worker that computes it is looked for
     "ignore_eos": True,
     "n": 2,
 }
@@ -25,7 +25,7 @@ QUESTION = {
 def two_workers(tmp_path_factory):
     """A system whose model two processes serve."""
     folder = tmp_path_factory.mktemp("two")
-    write_checkpoint(folder / MODEL_NAME, "chatglm2")
+    write_checkpoint(folder / MODEL_NAME, "chatglm2", config={"seq_length": 2048})
     model = ("--model-path", folder / MODEL_NAME, "--dtype", "float32")  # in which text does not depend on the batch
     with running_system(folder, worker_flags=model) as system:
         controller = f"http://127.0.0.1:{system.controller_flags[1]}"
@@ -53,7 +53,7 @@ def test_a_stream_survives_the_death_of_its_worker(two_workers):
     )
     with urllib.request.urlopen(request, timeout=120) as stream:
         lines = [next(stream) for _ in range(12)]
-        (victim,) = [worker for worker in workers if num_running(worker, token)]
+        victim = workers[0] if num_running(workers[0], token) else workers[1]
         victim.kill()
         lines += list(stream)
     system.api.wait_for_line("stream resumed")

@@ -16,7 +16,12 @@ from tests.processes import ROOT, start_command
 from tests.system import MODEL_NAME, System, running_system, wait_for_models
 
 MESSAGES = [{"role": "user", "content": "你是谁？"}]
-LONG = {"model": MODEL_NAME, "messages": MESSAGES, "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+CONTEXT = 32768
+ENDLESS = {"model": MODEL_NAME, "messages": MESSAGES, "max_tokens": CONTEXT - 100, "extra_body": {"ignore_eos": True}}
+"""An answer of tens of thousands of steps: whatever stalls, it has not ended when a test acts on it."""
+
+AT_ONCE_S = 15.0
+"""For what takes no time at all, on a machine that may stall."""
 
 
 def client_of(system: System) -> openai.AsyncOpenAI:
@@ -25,7 +30,11 @@ def client_of(system: System) -> openai.AsyncOpenAI:
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory):
-    with running_system(tmp_path_factory.mktemp("system")) as running:
+    folder = tmp_path_factory.mktemp("system")
+    write_checkpoint(folder / MODEL_NAME, "chatglm2", config={"seq_length": CONTEXT})
+    flags = ("--model-path", folder / MODEL_NAME, "--kv-cache-memory", "64MiB")
+    exact = ("--dtype", "float32")  # in which text does not depend on the batch
+    with running_system(folder, worker_flags=(*flags, *exact)) as running:
         yield running
 
 
@@ -105,38 +114,43 @@ def test_thirty_two_streams_give_what_each_gives_alone(system):
 
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_client_that_leaves_frees_its_sequence(system, streams):
-    """The worker's running count falls to nothing long before the answer would have ended."""
+    """The worker's running count falls to nothing, and the request is counted as one that was given up."""
 
     async def main() -> None:
+        num_aborted = counted(system, ABORTED)
         async with client_of(system) as client:
-            task = asyncio.create_task(client.chat.completions.create(stream=streams, **LONG))
-            await until_running(system, 1)
+            task = asyncio.create_task(client.chat.completions.create(stream=streams, **ENDLESS))
+            await until_counted(system, RUNNING, 1)
             if streams:
                 stream = await task
                 await stream.close()
             else:
                 task.cancel()
                 await asyncio.wait([task])
-            began = time.monotonic()
-            await until_running(system, 0)
-            assert time.monotonic() - began < 5
+            await until_counted(system, RUNNING, 0)
+            await until_counted(system, ABORTED, num_aborted + 1)
 
     asyncio.run(main())
 
 
-async def until_running(system: System, count: int) -> None:
-    """Wait until the worker says so many sequences run."""
+RUNNING = "fastchat_num_requests_running{"
+ABORTED = 'fastchat_request_success_total{finished_reason="abort"'
+
+
+async def until_counted(system: System, begin: str, count: int) -> None:
+    """Wait until the sum of those metrics is `count`."""
     deadline = time.monotonic() + 60
-    while await asyncio.to_thread(num_running, system) != count:
-        assert time.monotonic() < deadline, f"never {count} running"
+    while await asyncio.to_thread(counted, system, begin) != count:
+        assert time.monotonic() < deadline, f"{begin} was never {count}"
         await asyncio.sleep(0.02)
 
 
-def num_running(system: System) -> int:
+def counted(system: System, begin: str) -> int:
+    """The sum of the worker's metrics whose lines begin like this."""
     token = (system.state_dir / "cluster-token").read_text().strip()
     command = ["curl", "-fsS", "-H", f"Authorization: Bearer {token}", f"{system.worker.url}/metrics"]
     metrics = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return round(sum(float(line.split()[-1]) for line in metrics.splitlines() if "requests_running{" in line))
+    return round(sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(begin)))
 
 
 def test_another_openai_server_can_be_a_worker(system, tmp_path):
@@ -155,7 +169,7 @@ def test_another_openai_server_can_be_a_worker(system, tmp_path):
             json.dumps({**body, "worker_status": status}).encode(),
             {"Authorization": f"Bearer {(tmp_path / 'cluster-token').read_text().strip()}"},
         )
-        urllib.request.urlopen(request, timeout=10).close()
+        urllib.request.urlopen(request, timeout=60).close()
         here = System(api, controller, system.worker, tmp_path, ())
         wait_for_models(here, [MODEL_NAME])
 
@@ -171,21 +185,23 @@ def test_another_openai_server_can_be_a_worker(system, tmp_path):
 
 
 def test_a_restarted_controller_disturbs_nobody(system, later_processes):
-    """Streams go on, new requests are answered from the last table, and the new controller's table is whole in 2 s."""
+    """Streams go on, new requests are answered from the last table, and the model is in the new controller's table."""
 
     async def main() -> None:
         async with client_of(system) as client:
-            stream = await client.chat.completions.create(stream=True, **LONG)
-            await anext(aiter(stream))
+            stream = await client.chat.completions.create(stream=True, **ENDLESS)
+            chunks = aiter(stream)
+            await anext(chunks)
             system.controller.kill()
             answer = await client.chat.completions.create(model=MODEL_NAME, messages=MESSAGES, max_tokens=2)
             assert answer.choices[0].finish_reason
             controller = start_command("controller", *system.controller_flags, state_dir=system.state_dir)
             later_processes.enter_context(controller)
             controller.wait_for_line("worker registered")
-            chunks = [chunk async for chunk in stream]
-            assert chunks[-1].choices[0].finish_reason == "length"
-            assert wait_for_models(system, [MODEL_NAME], limit_s=2) < 2
+            wait_for_models(system, [MODEL_NAME])
+            assert await asyncio.to_thread(counted, system, RUNNING) == 1
+            assert (await anext(chunks)).choices[0].finish_reason is None
+            await stream.close()
 
     asyncio.run(main())
 
@@ -197,7 +213,7 @@ def test_a_killed_worker_is_gone_at_once_and_its_clients_are_told(system):
 
     async def main() -> None:
         async with client_of(system) as client:
-            stream = await client.chat.completions.create(stream=True, **LONG)
+            stream = await client.chat.completions.create(stream=True, **ENDLESS)
             await anext(aiter(stream))
             system.worker.signal(signal.SIGKILL)
             with pytest.raises(openai.APIError) as caught:
@@ -206,8 +222,8 @@ def test_a_killed_worker_is_gone_at_once_and_its_clients_are_told(system):
             began = time.monotonic()
             with pytest.raises((openai.InternalServerError, openai.NotFoundError)):
                 await client.chat.completions.create(model=MODEL_NAME, messages=MESSAGES, max_tokens=2)
-            assert time.monotonic() - began < 5
-            assert wait_for_models(system, [], limit_s=5) < 5
+            assert time.monotonic() - began < AT_ONCE_S
+            wait_for_models(system, [], limit_s=AT_ONCE_S)
 
     asyncio.run(main())
 
@@ -220,6 +236,7 @@ def test_two_models_in_one_worker_as_in_the_guide(tmp_path):
     flags = [
         *("--model-path", tmp_path / first, "--model-names", first),
         *("--model-path", tmp_path / second, "--model-names", second),
+        *("--dtype", "float32"),  # in which text does not depend on the batch
     ]
     with running_system(
         tmp_path, worker_module="multi_model_worker", worker_flags=flags, model_names=[first, second]
@@ -245,4 +262,4 @@ def test_two_models_in_one_worker_as_in_the_guide(tmp_path):
         system.controller.kill()
         with start_command("controller", *system.controller_flags, state_dir=tmp_path / "state") as controller:
             controller.wait_for_line("worker registered")
-            assert wait_for_models(system, [first, second], limit_s=2) < 2
+            wait_for_models(system, [first, second])
