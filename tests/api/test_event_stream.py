@@ -41,7 +41,7 @@ def test_a_stream_is_closed_at_once_when_its_client_leaves(thread, connect, witn
         left_at = time.monotonic()
         response.close()
     thread.run(witness.closed.wait())
-    assert witness.closed_at - left_at < 2
+    assert witness.closed_at - left_at < 10
 
 
 class Source:

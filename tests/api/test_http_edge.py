@@ -97,7 +97,7 @@ def test_work_for_a_whole_answer_is_cancelled_when_its_client_leaves(thread, con
         thread.run(witness.work_began.wait())
         left_at = time.monotonic()
     thread.run(witness.closed.wait())
-    assert witness.closed_at - left_at < 2
+    assert witness.closed_at - left_at < 10
 
 
 def test_work_that_is_done_is_answered(ask):

@@ -157,17 +157,18 @@ def test_a_body_that_trickles_ends_at_the_deadline(connect):
         client.putrequest("POST", "/json")
         client.putheader("Authorization", "Bearer good")
         client.putheader("Content-Length", "900")
+        began = time.monotonic()
         client.endheaders()
         client.sock.settimeout(0.1)
-        began = time.monotonic()
         while True:
             client.send(b" ")
             try:
                 client.sock.recv(1, socket.MSG_PEEK)
             except TimeoutError:
-                assert time.monotonic() - began < 10
+                assert time.monotonic() - began < 60
                 continue
             break
+        client.sock.settimeout(60)
         answer = client.getresponse()
         assert (answer.status, json.loads(answer.read())["error"]["code"]) == (400, "body_timeout")
-        assert DEADLINE_S * 0.9 < time.monotonic() - began < DEADLINE_S + 5
+        assert DEADLINE_S * 0.9 < time.monotonic() - began < DEADLINE_S + 10

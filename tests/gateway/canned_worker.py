@@ -1,12 +1,13 @@
 """A worker without a model: it registers over the real control connection and does what a request's `act` says.
 
-`python canned_worker.py CONTROLLER_URL TOKEN WORKER_ID MODEL` runs one as a process, for tests that kill it; its
-streams then have 50 ms between events.
+`python canned_worker.py CONTROLLER_URL TOKEN WORKER_ID MODEL` runs one as a process, for tests that kill it; a line on
+its standard input lets its held streams go on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class CannedWorker:
         self.arrived = asyncio.Event()
         self.pause_s = 0.0
         """Before each event of a steady stream."""
+        self.may_go_on = asyncio.Event()
+        """Behind the first event of a held stream."""
         self.acts = {}
         """What to do for a model, whatever the request says."""
         paths = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize")
@@ -123,6 +126,12 @@ class CannedWorker:
             await _write(send, b"data: %d\n\n" % number)
         await _write(send, DONE_EVENT, more_body=False)
 
+    async def _held_stream(self, received, document, receive, send):
+        await _start(send)
+        await _write(send, b"data: 0\n\n")
+        await self.may_go_on.wait()
+        await _write(send, DONE_EVENT, more_body=False)
+
     async def _die_in_stream(self, received, document, receive, send):
         await self._stream(received, document, receive, send, until=2)
         raise DeathError  # the server closes the connection without an end
@@ -130,7 +139,6 @@ class CannedWorker:
     async def _die_behind_usage(self, received, document, receive, send):
         await self._stream(received, document, receive, send, until=len(WORDS))
         await _write(send, chunk_event({**_chunk(received, document, ""), "choices": [], "usage": {"total_tokens": 7}}))
-        await asyncio.sleep(0.05)  # so that it is read before the connection is gone
         raise DeathError
 
     async def _die(self, received, document, receive, send):
@@ -278,18 +286,17 @@ def main(controller_url, token, worker_id, model):
     from tests.gateway.loop_thread import LoopThread  # here: the path is set by who starts this process
 
     worker = CannedWorker(worker_id, (model,))
-    worker.pause_s = 0.05
     thread = LoopThread()
     with thread.serve(worker.app) as address:
 
         async def stay():
             async with worker.registered(controller_url, token, address):
+                await asyncio.to_thread(sys.stdin.readline)
+                worker.may_go_on.set()
                 await asyncio.Event().wait()
 
         thread.run(stay(), limit_s=None)
 
 
 if __name__ == "__main__":
-    import sys
-
     main(*sys.argv[1:])

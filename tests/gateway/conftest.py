@@ -92,7 +92,7 @@ class Cluster:
 
 
 async def _create_session():
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15))
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=50))
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import uvicorn
 class LoopThread:
     """Runs coroutines and servers until it is closed."""
 
-    def __init__(self):
-        self.loop = asyncio.new_event_loop()
+    def __init__(self, loop=None):
+        self.loop = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
 
@@ -50,7 +50,7 @@ class LoopThread:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            serving.result(10)
+            serving.result(60)
             listener.close()
 
 

@@ -1,7 +1,7 @@
 """One call to one worker while the table changes."""
 
 import asyncio
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import orjson
 import pytest
@@ -11,6 +11,7 @@ from fastchat.errors import UnavailableError
 from fastchat.gateway.exchange import Exchanges
 from fastchat.gateway.worker_http import WorkerHttp
 from tests.gateway.canned_worker import CannedWorker
+from tests.gateway.loop_thread import LoopThread
 
 DOUBT_S = 0.3
 
@@ -52,12 +53,41 @@ def test_a_wait_for_a_lost_worker_ends(thread, state):
         thread.run(worker.received[0].left.wait())
 
 
-def test_a_lost_worker_that_still_sends_is_read_on(thread):
+class MovedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock the test moves: a patience of a minute needs none, and a stall is little beside it."""
+
+    ahead_s = 0.0
+
+    def time(self):
+        return super().time() + self.ahead_s
+
+    async def until_done(self, coroutine):
+        """Its result; meanwhile a second passes in each turn."""
+        task = self.create_task(coroutine)
+        while not task.done():
+            self.ahead_s += 1
+            await asyncio.sleep(0.01)
+        return task.result()
+
+
+def test_a_lost_worker_that_still_sends_is_read_on():
     """Only silence ends an exchange: the worker may have lost nothing but its controller."""
-    with served_worker(thread) as (worker, entry):
-        worker.pause_s = DOUBT_S / 3
-        got = thread.run(read_after_change(worker, entry, "steady_stream", [table()], 7))
-        assert got.count(b"data: ") >= 6
+    loop = MovedLoop()
+
+    async def read(worker, entry):
+        exchanges = Exchanges(60)
+        async with WorkerHttp() as http:
+            with exchanges.open(entry) as exchange:
+                await exchange.start(
+                    http, "/v1/completions", {}, orjson.dumps({"model": "tiny", "act": "steady_stream"})
+                )
+                exchanges.heed(table())
+                return b"".join([await loop.until_done(exchange.read()) for _ in range(7)])
+
+    with closing(LoopThread(loop)) as thread, served_worker(thread) as (worker, entry):
+        worker.pause_s = 20
+        assert thread.run(read(worker, entry)).count(b"data: ") >= 6
+    assert loop.ahead_s > 2 * 60, "the silences together are longer than the patience"
 
 
 def test_a_worker_that_is_back_is_waited_for(thread):

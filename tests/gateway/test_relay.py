@@ -56,13 +56,14 @@ def test_the_worker_gets_our_headers_and_none_of_the_clients(cluster, api, worke
         "x-api-key": "sk-client",
         "User-Agent": "OpenAI/v1 PythonBindings/0.28.1",
     }
+    began = int(time.time())
     _, headers, body = cluster.post(api, CHAT, QUESTION, headers=forged)
     got = worker.received[-1].headers
     assert got["authorization"] == f"Bearer {TOKEN}"
     assert got["user-agent"] == "OpenAI/v1 PythonBindings/0.28.1"
     assert got["x-fastchat-request-id"] == headers["x-request-id"] != "forged"
     assert orjson.loads(body)["id"] == f"chatcmpl-{headers['x-request-id']}"
-    assert abs(int(got["x-fastchat-created"]) - time.time()) < 5
+    assert began <= int(got["x-fastchat-created"]) <= time.time()
     assert 0 <= int(got["x-fastchat-seed"]) < 2**63
     assert not {"x-fastchat-tenant", "x-fastchat-priority", "x-fastchat-resume", "x-fastchat-tags"} & got.keys()
     assert "forged" not in str(worker.received[-1].raw_headers)
@@ -130,7 +131,7 @@ def test_a_worker_hears_at_once_that_the_client_left(cluster, api, worker, act):
             await received.left.wait()
         return received.left_at - left_at
 
-    assert cluster.thread.run(ask_and_leave()) < 2
+    assert cluster.thread.run(ask_and_leave()) < 10
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_a_slow_reader_stops_its_worker_and_nothing_piles_up(cluster, api, worke
         async with cluster.session.post(api + CHAT, json=QUESTION | {"stream": True, "act": "fast_stream"}) as response:
             received = await worker.wait_for_request()
             before = -1
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(50):
                 while received.num_bytes_written != before or before < 1:
                     before = received.num_bytes_written
                     await asyncio.sleep(0.2)

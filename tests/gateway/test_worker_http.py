@@ -224,7 +224,7 @@ def test_those_who_wait_behind_one_that_cannot_connect_fail_with_it():
         loop = asyncio.get_running_loop()
         async with WorkerHttp(connect_timeout_s=0.5) as http:
             began = loop.time()
-            asking = [http.ask(address, "/x", {}, b"") for _ in range(5 * MAX_CONNECTING)]
+            asking = [http.ask(address, "/x", {}, b"") for _ in range(20 * MAX_CONNECTING)]  # in turns that is 10 s
             results = await asyncio.gather(*asking, return_exceptions=True)
             assert {type(result) for result in results} == {ConnectError}
             return loop.time() - began
@@ -235,7 +235,7 @@ def test_those_who_wait_behind_one_that_cannot_connect_fail_with_it():
         for filler in (first, second):
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
-        assert asyncio.run(run(f"http://127.0.0.1:{listener.getsockname()[1]}")) < 2.0
+        assert asyncio.run(run(f"http://127.0.0.1:{listener.getsockname()[1]}")) < 7
 
 
 @pytest.mark.parametrize("address", ["http://169.254.169.254", "http://[::ffff:169.254.169.254]", "http://[::1"])
