@@ -25,6 +25,9 @@ if not Path("/dev/nvidiactl").exists():
 # Tiny models gain nothing from a second thread, in this process and in those it starts, and the machine is shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests speak to this machine only: no proxy of the surroundings comes between.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
+
 LONGEST_FIRST = ("tests/web/", "tests/serve/", "tests/bad_input/", "tests/worker/", "tests/test_", "tests/security/")
 """What starts most processes. Begun late it would leave all but one of the test processes idle at the end."""
 SHARES_SERVERS = re.compile("tests/(web|bad_input|security|terminal|worker|arena)/")

@@ -337,7 +337,8 @@ def test_metrics_say_where_a_model_is_and_how_it_came_there(system):
     assert f'fastchat_model_state{{model_name="{BASE}",state="awake"}} 0.0' in lines
     assert f'fastchat_model_held_bytes{{model_name="{BASE}"}} 0.0' in lines
     assert worker.post(f"{PATH}/{BASE}/adapters", {"name": "style", "path": "lora"}).status_code == 200
-    assert worker.post("/v1/completions", {"model": "style", "prompt": PROMPT, "max_tokens": 3}).status_code == 200
+    body = {"model": "style", "prompt": PROMPT, "max_tokens": 3, "ignore_eos": True}
+    assert worker.post("/v1/completions", body).status_code == 200
     ended = 'fastchat_request_success_total{finished_reason="length",model_name="style"}'
     wait_until(lambda: ended in worker.get("/metrics").text)
     text = worker.get("/metrics").text

@@ -27,7 +27,7 @@ def test_guides_multi_model_command(checkpoints, tmp_path):
         url = process.url
         process.wait_for_line(r"args: Namespace\(")
         token = (tmp_path / "cluster-token").read_text().strip()
-        cards = httpx2.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"}).json()
+        cards = httpx2.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"}, timeout=60).json()
         assert [card["id"] for card in cards["data"]] == ["chatglm2-6b", "qwen"]
         process.wait_for_line("worker ready")
         process.signal(signal.SIGTERM)
