@@ -11,8 +11,8 @@ from tests.bad_input import table
 from tests.bad_input.cases import COMPLETIONS, Case, completion
 from tests.bad_input.sending import StreamsBeside, send
 
-ANSWER_LIMIT_S = 5.0
-"""Of a refusal. Eight streams and another test run may share two cores with it."""
+ANSWER_LIMIT_S = 10.0
+"""Of a refusal. Eight streams and others may share two cores with it: with thirteen on them the longest took 0.9 s."""
 
 INTERNALS = re.compile(
     r"Traceback|\.py\b|0x[0-9a-f]{6,}|/(?:usr|home|opt|root|tmp)/|pydantic|uvicorn|starlette|jinja", re.I

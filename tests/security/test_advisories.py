@@ -114,7 +114,7 @@ def test_cve_2024_10907_cve_2024_10912_no_form_is_parsed(cluster, row):
         began = time.monotonic()
         answer = cluster.call(path, body, headers={"Content-Type": "multipart/form-data; boundary=b"})
         assert 400 <= answer.status < 500
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
     assert cluster.still_answers()
 
 

@@ -146,7 +146,7 @@ def test_c04_what_is_no_key_opens_nothing(cluster, bearer):
     began = time.monotonic()
     headers = {"Authorization": f"Bearer {bearer}".encode()}
     assert cluster.ask(cluster.api, "GET", "/v1/models", headers=headers).status in (400, 401, 431)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 def test_c04_neither_digest_nor_id_nor_part_of_a_key_opens(cluster):
