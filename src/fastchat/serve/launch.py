@@ -11,10 +11,11 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,7 +38,7 @@ from fastchat.serve.arguments import (
     tls_files,
 )
 from fastchat.serve.demo_model import find_demo_model
-from fastchat.serve.http_server import bind_listeners
+from fastchat.serve.http_server import Listeners, bind_listeners
 from fastchat.serve.multi_model_worker import create_multi_model_worker_parser, model_specs
 from fastchat.serve.posture import harden_process
 from fastchat.serve.settings import add_config_flag, parse_settings, without_options
@@ -50,6 +51,8 @@ from fastchat.worker.model_groups import BASE_MARK, ModelGroup, group_models, pl
 
 INTERNAL_HOST = "localhost"
 """Only the API server is for others."""
+ANY_PORTS = range(22_000, 32_000)
+"""Below those that kernels hand out by themselves: from 32768 on by Linux, from 49152 on by others."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -304,7 +307,7 @@ def _choose_ports(arguments: argparse.Namespace, num_workers: int) -> Ports:
 
         def choose(host: str, port: int, flag: str) -> int:
             try:
-                listeners = bind_listeners(host, port)
+                listeners = bind_listeners(host, port) if port else _bind_any(host)
             except UnavailableError:
                 raise UnavailableError(
                     f"port {port} of {host} is in use; stop what listens there (another `fastchat serve`?) or give "
@@ -323,6 +326,16 @@ def _choose_ports(arguments: argparse.Namespace, num_workers: int) -> Ports:
             ),
             web=choose(arguments.web_host, arguments.web_port, "--web-port (or --no-web)") if arguments.web else None,
         )
+
+
+def _bind_any(host: str) -> Listeners:
+    """A port of ours alone: each process binds it anew at its every start, and in between the kernel must not give it
+    to another listener or connection.
+    """
+    for port in random.SystemRandom().sample(ANY_PORTS, 100):
+        with suppress(UnavailableError):
+            return bind_listeners(host, port)
+    return bind_listeners(host, 0)
 
 
 def _model_flags(group: ModelGroup) -> list[str]:
