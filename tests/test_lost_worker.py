@@ -15,7 +15,7 @@ QUESTION = {
     "model": MODEL_NAME,
     "messages": [{"role": "user", "content": "Tell me a long story."}],
     "temperature": 0,
-    "max_tokens": 1000,  # so long that it runs while the worker that computes it is looked for
+    "max_tokens": 1500,  # so long that it runs while the worker that computes it is looked for
     "ignore_eos": True,
     "n": 2,
 }

@@ -24,8 +24,8 @@ QUESTION = {"messages": [{"role": "user", "content": "你是谁？"}], "max_toke
 def system(tmp_path_factory):
     """A worker of two models, and one alias of the first."""
     folder = tmp_path_factory.mktemp("arena")
-    write_checkpoint(folder / NAMES[0], "chatglm2", config={"seq_length": 3072})
-    write_checkpoint(folder / NAMES[1], "qwen2", config={"max_position_embeddings": 3072})
+    write_checkpoint(folder / NAMES[0], "chatglm2", config={"seq_length": 32768})
+    write_checkpoint(folder / NAMES[1], "qwen2", config={"max_position_embeddings": 32768})
     flags = [
         *("--model-path", folder / NAMES[0], "--model-names", f"{NAMES[0]},another-name"),
         *("--model-path", folder / NAMES[1], "--model-names", NAMES[1]),
@@ -111,7 +111,7 @@ def wait_for_running(system, number):
 
 def test_a_client_that_leaves_frees_both_sequences(system):
     """Both engines are idle long before the answers would have ended."""
-    endless = {**QUESTION, "models": NAMES, "max_tokens": 2500, "ignore_eos": True}
+    endless = {**QUESTION, "models": NAMES, "max_tokens": 30_000, "ignore_eos": True}
     answer = stream(system, "/api/v1/arena/rounds", endless)
     seen = b""
     while not all(b'"side":"%s"' % side in seen for side in (b"a", b"b")):

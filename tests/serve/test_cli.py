@@ -77,7 +77,7 @@ def test_programmatic_style_is_byte_for_byte_fastchats(model_folder):
 
 def test_terminal_session_in_chinese_with_ctrl_c(model_folder):
     """The guide's session: a bar over the shards, labels, text while it is made; Ctrl-C stops an answer, then ends."""
-    flags = ("--model-path", model_folder, *ENGINE_FLAGS, "--temperature", "0", "--max-new-tokens", "2500")
+    flags = ("--model-path", model_folder, *ENGINE_FLAGS, "--temperature", "0", "--max-new-tokens", "30000")
     with PtySession(MODULE, *flags) as session:
         session.wait_for(r"Loading checkpoint shards: 100%\|.*3/3")
         session.wait_for("问: ")

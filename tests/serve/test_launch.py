@@ -39,8 +39,8 @@ from tests.processes import ServerProcess
 
 NAMES = ("chatglm2-6b", "tiny-llama")
 ANY_PORTS = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--no-web")
-LONG = {"temperature": 0, "max_tokens": 200, "ignore_eos": True}
-ORPHAN_LIMIT_S = 5.0
+SHORT = {"temperature": 0, "max_tokens": 200, "ignore_eos": True}
+LONG = {**SHORT, "max_tokens": 1500}
 
 
 class Serving(ServerProcess):
@@ -100,10 +100,10 @@ class Serving(ServerProcess):
 
 
 class Stream:
-    """A long greedy stream, read in a thread; `text` is what came."""
+    """A greedy stream, read in a thread; `text` is what came."""
 
-    def __init__(self, serving, model):
-        body = {"model": model, "prompt": "Hello", "stream": True, **LONG}
+    def __init__(self, serving, model, options=LONG):
+        body = {"model": model, "prompt": "Hello", "stream": True, **options}
         self._answer = serving.post("/v1/completions", body)
         self.lines = [self._answer.readline()]
         self._reader = threading.Thread(target=self._read)
@@ -130,10 +130,8 @@ class Stream:
 def folders(tmp_path_factory):
     """Two models, one of each layout."""
     folder = tmp_path_factory.mktemp("models")
-    return (
-        write_checkpoint(folder / NAMES[0], "chatglm2"),
-        write_checkpoint(folder / NAMES[1], "llama"),
-    )
+    first = write_checkpoint(folder / NAMES[0], "chatglm2", config={"seq_length": 2048})
+    return first, write_checkpoint(folder / NAMES[1], "llama")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +143,12 @@ def serving(folders, tmp_path_factory):
         yield serving
 
 
+@pytest.fixture(scope="module")
+def whole(serving):
+    """The long answer of the first model."""
+    return serving.answer(NAMES[0], **LONG)
+
+
 def test_ready_block_says_what_to_paste_and_the_models_answer(serving):
     """URLs, models, exports and a curl line; every model answers, each from its own process."""
     url = serving.api_url
@@ -154,16 +158,15 @@ def test_ready_block_says_what_to_paste_and_the_models_answer(serving):
     assert f"models  {', '.join(NAMES)}\n" in block
     assert "export OPENAI_API_KEY=EMPTY\n" in block
     assert f"curl {url}/v1/chat/completions" in block
-    with urllib.request.urlopen(f"{url}/health", timeout=10) as health:
+    with urllib.request.urlopen(f"{url}/health", timeout=60) as health:
         assert json.load(health)["status"] == "ready"
     assert all(serving.answer(name) for name in NAMES)
     assert serving.pid_of(f"worker of {NAMES[0]}") != serving.pid_of(f"worker of {NAMES[1]}")
 
 
-def test_worker_killed_is_back_and_the_other_s_stream_is_undisturbed(serving):
+def test_worker_killed_is_back_and_the_other_s_stream_is_undisturbed(serving, whole):
     """The stream of another worker ends as it would have; the killed one answers as before, on its old port."""
     expected = serving.answer(NAMES[1])
-    whole = serving.answer(NAMES[0], **LONG)
     stream = Stream(serving, NAMES[0])
     assert stream.is_running
     serving.kill_part(f"worker of {NAMES[1]}")
@@ -171,9 +174,8 @@ def test_worker_killed_is_back_and_the_other_s_stream_is_undisturbed(serving):
     assert serving.answer_when_there(NAMES[1]) == expected
 
 
-def test_controller_killed_disturbs_nobody(serving):
+def test_controller_killed_disturbs_nobody(serving, whole):
     """Streams go on, new requests are answered meanwhile, and it comes back."""
-    whole = serving.answer(NAMES[0], **LONG)
     stream = Stream(serving, NAMES[0])
     pid = serving.pid_of("controller")
     psutil.Process(pid).kill()
@@ -181,7 +183,7 @@ def test_controller_killed_disturbs_nobody(serving):
     serving.wait_for_line("process is back process=controller", limit_s=60)
     assert serving.pid_of("controller", other_than=pid)
     assert stream.result() == (whole, ["length"], True)
-    assert all(serving.answer(name) for name in NAMES)
+    assert all(serving.answer_when_there(name) for name in NAMES)
 
 
 def test_api_server_killed_is_back_on_its_port(serving):
@@ -194,9 +196,9 @@ def test_api_server_killed_is_back_on_its_port(serving):
 
 def test_first_sigterm_lets_a_stream_finish_and_leaves_nothing(serving):
     """The last test of this instance: exit code 0, no process of it left."""
-    whole = serving.answer(NAMES[0], **LONG)
+    whole = serving.answer(NAMES[0], **SHORT)
     family = serving.family()
-    stream = Stream(serving, NAMES[0])
+    stream = Stream(serving, NAMES[0], SHORT)
     serving.signal(signal.SIGTERM)
     assert stream.result() == (whole, ["length"], True)
     assert serving.wait(limit_s=60) == 0
@@ -218,7 +220,7 @@ def test_engine_process_killed_is_noticed_and_serve_killed_leaves_no_orphan(fold
         family = serving.family()
         assert len(family) == 5
         serving.kill()
-        assert not alive_after(family, limit_s=ORPHAN_LIMIT_S)
+        assert not alive_after(family, limit_s=30.0)
 
 
 def test_ctrl_c_while_the_model_loads_is_obeyed_at_once(folders, tmp_path):
@@ -352,11 +354,8 @@ def test_api_server_s_flags_are_handed_on():
     assert (there.host, there.port, there.ssl) == ("0.0.0.0", 1, True)
     assert there.api_keys is None
     assert environment_of("API server", arguments)["FASTCHAT_API_KEYS"] == "k1,k2", "never on a command line"
-    assert (there.allowed_origins, there.allowed_methods, there.allow_credentials) == (
-        ["https://example.org"],
-        ["*"],
-        True,
-    )
+    assert (there.allowed_origins, there.allowed_methods) == (["https://example.org"], ["*"])
+    assert there.allow_credentials
     assert "--ssl" not in command_of("controller", arguments) + command_of("worker", arguments)
 
 

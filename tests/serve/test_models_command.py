@@ -39,7 +39,7 @@ def test_counts_are_those_of_the_loaded_model(tmp_path, family, layout):
 def test_json_has_what_a_program_asks(model_folder, capsys):
     assert main(["inspect", str(model_folder), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["name"], facts["family"], facts["max_context"]) == ("chatglm2-6b", "chatglm", 3072)
+    assert (facts["name"], facts["family"], facts["max_context"]) == ("chatglm2-6b", "chatglm", 32768)
     assert facts["prompt_format"]["name"] == "chatglm2"
     assert facts["prompt_format"]["roles"] == ["问", "答"]
     assert "[Round 1]" in facts["prompt_format"]["example"]
@@ -48,7 +48,7 @@ def test_json_has_what_a_program_asks(model_folder, capsys):
     assert facts["sampling_defaults"]["temperature"] == 0.7
     memory = facts["memory"]["float32"]
     assert memory["weights"] == 4 * facts["num_parameters"]
-    assert memory["kv_cache_full_context"] == 3072 * memory["kv_cache_per_token"]
+    assert memory["kv_cache_full_context"] == 32768 * memory["kv_cache_per_token"]
 
 
 def test_person_reads_the_same_without_torch(model_folder):
@@ -68,7 +68,7 @@ def test_person_reads_the_same_without_torch(model_folder):
     *_, last = result.stdout.splitlines()
     assert last == "False False 0"
     assert "chatglm2 (from _name_or_path in config.json" in result.stdout
-    assert "3,072 tokens" in result.stdout
+    assert "32,768 tokens" in result.stdout
     assert "bytes of KV cache per token" in result.stdout
 
 

@@ -14,7 +14,7 @@ from fastchat.terminal.talker import Talker
 from tests.checkpoints import write_checkpoint
 from tests.system import MODEL_NAME, running_system
 
-LONG_CONTEXT = 3072
+LONG_CONTEXT = 8192
 ENGINE_FLAGS = ("--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "32MiB")
 
 

@@ -64,8 +64,13 @@ class Visit:
 
     def wait_until_usable(self) -> Visit:
         self.page.locator("#theme-switch").wait_for()
+        self.wait_until_begun()
         self.page.locator(":is(#message, .message-box) textarea:visible, #leaderboard").first.wait_for()
         return self
+
+    def wait_until_begun(self) -> None:
+        """Wait until the page has chosen a model: until then it may still empty the message box, or ask nobody."""
+        self.page.wait_for_function("document.querySelector('#model input')?.value")
 
     def forget(self) -> None:
         """Leave the page, and take away all that it kept: from a file of its origin, where its own code is gone."""

@@ -19,13 +19,13 @@ def below_path(path: str, server_url: str) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    session, runner, url = asyncio.run_coroutine_threadsafe(_start(path, server_url), loop).result(20)
+    session, runner, url = asyncio.run_coroutine_threadsafe(_start(path, server_url), loop).result(60)
     try:
         yield url
     finally:
-        asyncio.run_coroutine_threadsafe(_stop(session, runner), loop).result(20)
+        asyncio.run_coroutine_threadsafe(_stop(session, runner), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(20)
+        thread.join(60)
         loop.close()
 
 

@@ -147,7 +147,8 @@ def test_reload_keeps_conversation_model_and_settings(visit):
     answer = visit.ask(HELLO)
     visit.open_settings()
     visit.set_number("max_tokens", 7)
-    visit.page.wait_for_timeout(200)
+    kept = "JSON.parse(localStorage.getItem('fastchat.settings') ?? '{}').maxTokens == 7"
+    visit.wait_for(lambda: visit.page.evaluate(kept), what="the browser has the setting")
     visit.reload()
     visit.wait_for(lambda: visit.answers() == [answer], what="the answer is back")
     assert visit.questions() == [HELLO]

@@ -10,14 +10,14 @@ import pytest
 
 from fastchat.errors import ConfigError
 from fastchat.serve.gradio_web_server import create_page_parser, page_config
-from tests.processes import free_port, run_command, start_command
+from tests.processes import START_LIMIT_S, free_port, run_command, start_command
 from tests.web.browser import visiting
 from tests.web.canary import call
-from tests.web.conftest import DEMO, ENDLESS
+from tests.web.conftest import DEMO, ENDLESS, SAME_ANSWERS
 
 HELLO = "Hello! What is your name?"
 CHINESE_FREE = re.compile(r"[A-Za-z]{3,}[^\u4e00-\u9fff]{20,}")  # an English sentence in a Chinese page
-READY_LIMIT_S = 30.0
+READY_LIMIT_S = 90.0
 """Ten on a machine that does nothing else."""
 
 
@@ -135,8 +135,8 @@ def test_a_model_appears_and_dies_in_the_middle_of_an_answer(visit, browser, pag
     """
     controller = f"http://127.0.0.1:{system.controller_flags[1]}"
     flags = ("--controller-address", controller, "--model-path", endless_model, "--model-names", "second")
-    with start_command("model_worker", "--port", "0", *flags, state_dir=system.state_dir) as second:
-        visit.wait_for(lambda: "second" in visit.models(), what="the second model", limit_s=60)
+    with start_command("model_worker", "--port", "0", *SAME_ANSWERS, *flags, state_dir=system.state_dir) as second:
+        visit.wait_for(lambda: "second" in visit.models(), what="the second model", limit_s=START_LIMIT_S)
         visit.choose_model("second")
         visit.send(HELLO)
         visit.page.locator("#chat [data-testid=bot]").first.wait_for()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -70,7 +71,8 @@ def test_a_worker_that_dies_in_a_battle_fails_on_its_own_side_alone(browser, ser
             answers = visit.page.locator("#battle-main [data-testid=bot]", has_text="ChatGLM2-Demo")
             answers.wait_for()
         finally:
-            os.kill(dying, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # on a slow machine its keeper has done so already
+                os.kill(dying, signal.SIGKILL)
         notice = visit.page.locator("#battle-status .notice")
         notice.wait_for()
         visit.page.locator("body:not(.answering-battle)").wait_for()
