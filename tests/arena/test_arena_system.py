@@ -65,7 +65,7 @@ def num_running(system):
     """Sequences in the worker's engines, as its metrics say."""
     token = (system.state_dir / "cluster-token").read_text().strip()
     request = urllib.request.Request(f"{system.worker.url}/metrics", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("fastchat_num_requests_running{"))
 
@@ -124,7 +124,7 @@ def test_a_client_that_leaves_frees_both_sequences(system):
 def test_votes_survive_a_killed_server_and_are_exported_without_it(system, tmp_path):
     """A vote that was acknowledged is in the file at once; `fastchat votes` reads it."""
     exported = run_command("votes_command", state_dir=system.state_dir)
-    with urllib.request.urlopen(f"{system.api_url}/api/v1/arena/votes.jsonl", timeout=20) as answer:
+    with urllib.request.urlopen(f"{system.api_url}/api/v1/arena/votes.jsonl", timeout=60) as answer:
         assert answer.read().decode() == exported.stdout
     votes = [json.loads(line) for line in exported.stdout.splitlines()]
     assert len(votes) >= 6

@@ -35,7 +35,7 @@ from fastchat.serve.openai_api_server import create_api_server_parser
 from fastchat.serve.worker_arguments import worker_config
 from fastchat.worker.model_groups import ModelGroup
 from tests.checkpoints import write_checkpoint
-from tests.processes import ServerProcess
+from tests.processes import START_LIMIT_S, ServerProcess
 
 NAMES = ("chatglm2-6b", "tiny-llama")
 ANY_PORTS = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--no-web")
@@ -68,7 +68,7 @@ class Serving(ServerProcess):
         """SIGKILL one process; returns when its successor is ready."""
         pid = self.pid_of(what)
         psutil.Process(pid).kill()
-        self.wait_for_line(rf'process is back process="?{re.escape(what)}"?$', limit_s=60)
+        self.wait_for_line(rf'process is back process="?{re.escape(what)}"?$')
         assert self.pid_of(what, other_than=pid)
 
     def family(self):
@@ -180,7 +180,7 @@ def test_controller_killed_disturbs_nobody(serving, whole):
     pid = serving.pid_of("controller")
     psutil.Process(pid).kill()
     assert serving.answer(NAMES[1])
-    serving.wait_for_line("process is back process=controller", limit_s=60)
+    serving.wait_for_line("process is back process=controller")
     assert serving.pid_of("controller", other_than=pid)
     assert stream.result() == (whole, ["length"], True)
     assert all(serving.answer_when_there(name) for name in NAMES)
@@ -248,7 +248,7 @@ def test_bad_checkpoint_is_one_line_and_exit_code_2(tmp_path, folders, fault):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 128}))
     with Serving(tmp_path / "state", "--model-path", folder) as serving:
-        assert serving.wait(limit_s=60) == 2
+        assert serving.wait(limit_s=START_LIMIT_S) == 2
         lines = serving.log.splitlines()
         assert lines[-1].startswith("error: ")
         assert str(folder) in lines[-1]

@@ -35,7 +35,7 @@ def num_unfinished(system):
     request = urllib.request.Request(
         f"{system.controller.url}/worker_get_status", b"{}", {"Authorization": f"Bearer {token}"}
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)["queue_length"]
 
 
