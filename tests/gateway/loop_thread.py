@@ -42,6 +42,7 @@ class LoopThread:
             http=http,
             ws="websockets-sansio",
             timeout_graceful_shutdown=3,
+            timeout_keep_alive=75,
         )
         server = Server(config, on_stop)
         serving = asyncio.run_coroutine_threadsafe(server.serve([listener]), self.loop)

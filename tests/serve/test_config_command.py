@@ -80,9 +80,9 @@ def test_serve_obeys_its_file_and_shows_keys_to_nobody(model_folder, tmp_path):
     with ServerProcess(command, environment=environment) as serving:
         url = serving.wait_for_line(r"export OPENAI_BASE_URL=(\S+)/v1$")[1]
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"{url}/v1/models", timeout=10)
+            urllib.request.urlopen(f"{url}/v1/models", timeout=60)
         request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": "Bearer sk-from-the-file"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             assert [card["id"] for card in json.load(answer)["data"]] == ["named-here"]
         lines = command_lines_of(serving.pid)
         assert any("--stream-interval=3" in line for line in lines)

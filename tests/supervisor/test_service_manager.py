@@ -15,7 +15,7 @@ PROGRAM = "from fastchat.supervisor.service_manager import READY, tell_service_m
 
 def run(**variables):
     environment = process_environment({"NOTIFY_SOCKET": "", **variables})
-    return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, timeout=30, check=True)
+    return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, timeout=60, check=True)
 
 
 def test_ready_is_told_on_the_socket_that_systemd_names(tmp_path):

@@ -30,6 +30,8 @@ STUBBORN = PRELUDE + "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell_ready(
 LOADS_FOR_EVER = PRELUDE + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: signal.pause()"
 FAST = RestartLimits(first_delay_s=0.01, max_delay_s=0.05)
 RANKS = {"api": 0, "controller": 2}
+PATIENCE_S = 10.0
+"""Less than what an orderly stop gives a process that has been ready: 15 s."""
 
 
 def spec(name, program, *, on_start=lambda name: None):
@@ -201,7 +203,7 @@ def test_second_stop_ends_by_force():
             await asyncio.sleep(0)
             at_work.supervisor.stop()
             assert await at_work.outcome() == Outcome(130)
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < PATIENCE_S
 
     run(scenario())
 
@@ -215,7 +217,7 @@ def test_stop_while_a_model_loads_does_not_wait_for_it():
             began = time.monotonic()
             at_work.supervisor.stop()
             assert await at_work.outcome() == Outcome(0)
-            assert time.monotonic() - began < 4
+            assert time.monotonic() - began < PATIENCE_S
 
     run(scenario())
 
@@ -239,7 +241,7 @@ asyncio.run(main())
         pids = [int(word) for word in process.wait_for_line(r"pids (.*)")[1].split()]
         orphans = [psutil.Process(pid) for pid in pids]
         process.kill()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60  # else they would go on for ever
         while any(orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE for orphan in orphans):
             assert time.monotonic() < deadline
             time.sleep(0.02)
