@@ -161,6 +161,17 @@ def test_extreme_values_do_not_overflow(form):
         torch.testing.assert_close(result.double(), expected.expand(2, 3), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("num_inputs", [2, 1024, 1025, 20000])
+def test_whole_sums_are_exact_on_every_cpu(num_inputs):
+    """By whole numbers and by floats; the largest too, which oneDNN cuts off on a CPU without VNNI."""
+    generator = torch.Generator().manual_seed(num_inputs)
+    rows, weight = (torch.randint(-128, 128, (5, num_inputs), dtype=torch.int8, generator=generator) for _ in range(2))
+    rows[0], rows[1], weight[0], weight[1] = 127, -127, -128, 127
+    expected = (rows.double() @ weight.double().t()).int()
+    assert torch.equal(torch_products.sum_products(rows, weight), expected)
+    assert torch.equal(torch_products.sum_products_in_floats(rows, weight), expected)
+
+
 def test_results_go_where_they_are_told(form):
     """`out` is filled and returned, in every form."""
     rows, weight, _ = draw(3, 64, 5, torch.float32)

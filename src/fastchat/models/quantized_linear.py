@@ -14,6 +14,7 @@ from torch.nn.functional import linear, pad
 from fastchat.models.quantize import dequantize_int4
 from fastchat.native.accelerator import runs_triton
 from fastchat.native.products import multiply_int4, multiply_int8, quantize_rows
+from fastchat.native.torch_products import sum_products
 
 MIN_INTEGER_ROWS = 32
 """CUDA's integer product wants more than 16 rows, and sizes that are multiples of 8."""
@@ -100,7 +101,7 @@ def multiply_int8_on_device(rows: Tensor, weight: Tensor, scales: Tensor, bias: 
     quantized = pad(quantized, (0, -rows.shape[1] % INTEGER_MULTIPLE, 0, max(0, MIN_INTEGER_ROWS - num_rows)))
     padding = (-weight.shape[1] % INTEGER_MULTIPLE, -num_outputs % INTEGER_MULTIPLE)
     weight = pad(weight, (0, padding[0], 0, padding[1])) if any(padding) else weight
-    sums = torch._int_mm(quantized, weight.t())[:num_rows, :num_outputs]  # noqa: SLF001 - its public name is this one
+    sums = sum_products(quantized, weight)[:num_rows, :num_outputs]
     products = sums.float() * row_scales * scales
     return (products if bias is None else products + bias.float()).to(rows.dtype)
 

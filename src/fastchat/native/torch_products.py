@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastchat.native.build import cpu_flags
+
 UNIT = 64
 MAX_INT8 = 127
+MAX_EXACT_INPUTS = 1024
+"""So many products of two int8 sum up to 2^24 at most: whole numbers that float32 holds exactly."""
+EXACT_INT8 = ("avx512vnni", "avx_vnni")
+"""A CPU has one of these where torch's own product of int8 is exact. Without them oneDNN adds two products in 16 bits,
+which cuts off what is too large (oneDNN, "Nuances of int8 Computations").
+"""
 MIN_NONZERO = 1e-12
 """Below this a row counts as all zero: its scale would overflow when inverted."""
 
@@ -33,8 +41,23 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 def multiply_int8(rows: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """(T, K) with an int8 weight -> (T, N) of the type of `rows`."""
     quantized, row_scales = quantize_rows(rows)
-    sums = torch._int_mm(quantized, weight.t())  # noqa: SLF001 - torch's public name for it is this one
-    return _finish(sums.float() * row_scales * scales, bias, rows.dtype)
+    return _finish(sum_products(quantized, weight).float() * row_scales * scales, bias, rows.dtype)
+
+
+def sum_products(rows: Tensor, weight: Tensor) -> Tensor:
+    """int8 (T, K) with int8 (N, K) -> int32 (T, N), exact wherever the tensors are."""
+    if rows.is_cpu and cpu_flags().isdisjoint(EXACT_INT8):
+        return sum_products_in_floats(rows, weight)
+    return torch._int_mm(rows, weight.t())  # noqa: SLF001 - torch's public name for it is this one
+
+
+def sum_products_in_floats(rows: Tensor, weight: Tensor) -> Tensor:
+    """The same, as products of floats."""
+    sums = torch.zeros((len(rows), len(weight)), dtype=torch.int32)
+    for start in range(0, weight.shape[1], MAX_EXACT_INPUTS):
+        part = slice(start, start + MAX_EXACT_INPUTS)
+        sums += (rows[:, part].float() @ weight[:, part].float().t()).int()
+    return sums
 
 
 def multiply_int4(rows: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
