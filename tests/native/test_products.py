@@ -111,7 +111,7 @@ def test_a_row_is_the_same_alone_and_among_others(form, num_threads, dtype):
     rows, _, _ = draw(43, 200, 1, dtype)
     rows[4], rows[7, 100], rows[9, 0] = rows[4] * 100, float("inf"), float("nan")
     for name, multiply in every_product(200, 70, dtype).items():
-        if form == "torch" and name != "int8":
+        if name != "int8" and (form == "torch" or (name == "plain" and products.are_for_torch(rows))):
             continue  # torch's float sums are ordered by shape
         together = multiply(rows)
         for index in range(len(rows)):
@@ -131,7 +131,7 @@ def test_many_rows_have_the_bits_of_few(form, num_threads, dtype, sizes):
     rows, weight, bias = draw(*sizes, dtype)
     int4 = [draw_int4(sizes[2], sizes[1], group_size) for group_size in (32, 64)]
     for multiply in (
-        lambda rows: products.multiply(rows, weight, bias),
+        *([] if products.are_for_torch(rows) else [lambda rows: products.multiply(rows, weight, bias)]),
         *(lambda rows, int4=each: products.multiply_int4(rows, *int4, bias) for each in int4),
     ):
         together = multiply(rows)

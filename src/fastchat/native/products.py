@@ -31,7 +31,7 @@ MAX_ROWS = 32
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """rows (T, K), weight (N, K), bias (N,) -> (T, N)."""
     library = kernels()
-    if library is None or not _can_take(rows, weight, bias) or weight.dtype != rows.dtype or _are_for_torch(rows):
+    if library is None or not _can_take(rows, weight, bias) or weight.dtype != rows.dtype or are_for_torch(rows):
         return _keep(linear(rows, weight, bias), out)
     (num_rows, num_inputs), num_outputs = rows.shape, weight.shape[0]
     assert weight.shape[1] == num_inputs
@@ -119,7 +119,8 @@ def _can_take(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _are_for_torch(rows: Tensor) -> bool:
+def are_for_torch(rows: Tensor) -> bool:
+    """Whether torch multiplies so many rows with a plain weight; then a row's bits depend on their number."""
     if rows.shape[0] <= MAX_ROWS:
         return False
     return "amx_bf16" in cpu_flags() if rows.dtype == torch.bfloat16 else "avx512vnni" not in cpu_flags()
