@@ -42,7 +42,7 @@ LEVELS = {
     "avx512bf16": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16"),
 }
 """The instruction sets we build for, worst first: what a compiler calls them."""
-BUILD_TIMEOUT_S = 120
+BUILD_TIMEOUT_S = 600
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The element types of rows, and their numbers in vectors.h."""
 
