@@ -45,7 +45,7 @@ class _EngineServer:
         self._engine = engine
         self._loop = EngineLoop(engine, self._emit, settle=self._note_settled)
         self._last_stats = engine.stats
-        self._send_lock = threading.Lock()
+        self._send_lock = threading.RLock()
         self._has_ended = threading.Event()
 
     def run(self) -> None:
@@ -61,8 +61,9 @@ class _EngineServer:
             life.join()
 
     def _emit(self, events: list[SequenceEvent], stats: EngineStats) -> None:
-        self._last_stats = stats
-        self._send(["step", [wire.encode_event(event) for event in events], wire.encode_stats(stats)])
+        with self._send_lock:
+            self._last_stats = stats
+            self._send(["step", [wire.encode_event(event) for event in events], wire.encode_stats(stats)])
 
     def _note_settled(self, number: int, failure: FastChatError | None) -> None:
         self._send(["settled", number, *([] if failure is None else [_kind(failure), failure.message])])
@@ -73,8 +74,9 @@ class _EngineServer:
 
     def _show_life(self) -> None:
         while not self._has_ended.wait(_SIGN_OF_LIFE_S):
-            stats = replace(self._last_stats, progress=self._engine.progress)
-            self._send(["step", [], wire.encode_stats(stats)])
+            with self._send_lock:  # what is told last must be the latest
+                stats = replace(self._last_stats, progress=self._engine.progress)
+                self._send(["step", [], wire.encode_stats(stats)])
 
     def _read_commands(self) -> None:
         try:
