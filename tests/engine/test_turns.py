@@ -1,7 +1,9 @@
 """Engines of one process share a device step by step."""
 
 import threading
-from itertools import groupby
+import time
+from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 
@@ -19,30 +21,47 @@ def greedy(name: str, num_prompt_tokens: int, max_tokens: int) -> SequenceReques
     )
 
 
+class WatchedTurns(Turns):
+    """A step begins when the other engine waits for its turn, however late its thread is woken; whose each step was."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = []
+
+    @contextmanager
+    def turn(self):
+        with super().turn():
+            deadline = time.monotonic() + 60
+            while not self._waiting and (self.num_busy == 2 or not self.order) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            self.order.append(threading.current_thread().name)
+            yield
+
+
 def test_a_long_prompt_holds_up_another_model_for_one_step_at_a_time():
     """While one engine computes a prompt of many steps, every second step is the other's."""
-    turns, order = Turns(), []
-    loops = {}
+    turns, loops, engines = WatchedTurns(), {}, {}
     for name, request in (("prompt", greedy("prompt", 400, 1)), ("answer", greedy("answer", 3, 40))):
-        engine = make_engine(make_model("glm"), max_batch_tokens=16, max_context=500, speculation=False)
+        engines[name] = make_engine(make_model("glm"), max_batch_tokens=16, max_context=500, speculation=False)
 
         def emit(events, stats, name=name):
-            order.append(name)
             if any(event.finish_reason is not None for event in events):
                 loops[name].inbox.put(Stop())
 
-        loops[name] = EngineLoop(engine, emit, turns)
+        loops[name] = EngineLoop(engines[name], emit, turns)
         loops[name].inbox.put(request)
-    threads = [threading.Thread(target=loop.run) for loop in loops.values()]
+    threads = [threading.Thread(target=loop.run, name=name) for name, loop in loops.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
+    order = turns.order
+    assert {name: order.count(name) for name in engines} == {
+        name: engine.stats.num_steps for name, engine in engines.items()
+    }
     last_together = min(len(order) - 1 - order[::-1].index(name) for name in loops)
-    first_together = max(order.index(name) for name in loops)
-    together = order[first_together:last_together]
-    # What a step gave is told after the turn was passed on, so two of one engine may be told in a row.
-    assert max(len(list(run)) for _, run in groupby(together)) <= 2
+    together = order[: last_together + 1]
+    assert all(one != other for one, other in pairwise(together))
     assert len(together) > 40
     assert turns.num_busy == 0
 
