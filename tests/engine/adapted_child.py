@@ -14,12 +14,14 @@ from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.lean import make_lean
 from fastchat.models.weights import load_model
 
+MAX_CONTEXT = 8192
+
 
 def make_adapted_engine(folder: Path) -> Engine:
     checkpoint = Checkpoint.open(folder)
     model = load_model(checkpoint, device="cpu", dtype="float32")
     make_lean(model)
-    config = EngineConfig(max_context=256, kv_cache_bytes=2**22, max_running=16)
+    config = EngineConfig(MAX_CONTEXT, kv_cache_bytes=2**23, max_running=16)
     return Engine(model, config, ModelAdapters(model, checkpoint))
 
 

@@ -12,6 +12,13 @@ from fastchat.errors import CheckpointError
 from tests.engine.conftest import make_engine
 from tests.engine.tiny_models import make_model
 
+MAX_CONTEXT = 2**15
+
+
+def make_roomy_engine(model):
+    """With room for an answer of many seconds."""
+    return make_engine(model, max_context=MAX_CONTEXT, num_blocks=MAX_CONTEXT // 4)
+
 
 def make(behaviour: str):
     if behaviour == "fails":
@@ -24,7 +31,7 @@ def make(behaviour: str):
     model = make_model("glm")
     if behaviour == "hangs":
         model.get_input_embeddings().register_forward_pre_hook(lambda *_: threading.Event().wait())
-    return make_engine(model)
+    return make_roomy_engine(model)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from fastchat.engine.thread_client import ThreadEngineClient
 from fastchat.errors import CheckpointError, EngineError
 from tests.adapters import modules_of, write_lora
 from tests.checkpoints import write_checkpoint
-from tests.engine.adapted_child import make_adapted_engine
+from tests.engine.adapted_child import MAX_CONTEXT, make_adapted_engine
 
 LIMIT_S = 60
 
@@ -98,19 +98,34 @@ def test_running_sequences_notice_neither_an_arrival_nor_a_removal(kind, folders
     async def main():
         async with running(kind, folders) as client:
             await client.add_adapter("one", str(folders / "one"))
-            alone = [await answer(client, f"alone-{name}", name, 150) for name in ("", "one")]
+            has_changed = asyncio.Event()
             async with asyncio.TaskGroup() as group:
-                mixed = [group.create_task(answer(client, f"mixed-{name}", name, 150)) for name in ("", "one")]
+                mixed = {name: group.create_task(ids_until(has_changed, client, name)) for name in ("", "one")}
                 while client.stats.num_running < 2:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0.001)
                 await client.add_adapter("two", str(folders / "two"))
                 await client.remove_adapter("one")
-                late = group.create_task(answer(client, "late", "two"))
-                assert client.stats.num_running >= 2, "too short to be a test"
-            assert [task.result() for task in mixed] == alone
-            assert await answer(client, "again", "two") == late.result()
+                late = await answer(client, "late", "two")
+                has_changed.set()
+            await client.add_adapter("one", str(folders / "one"))
+            for name, task in mixed.items():
+                assert await answer(client, f"alone-{name}", name, len(task.result())) == task.result()
+            assert await answer(client, "again", "two") == late
 
     asyncio.run(main())
+
+
+async def ids_until(happened: asyncio.Event, client: EngineClient, adapter: str) -> list[int]:
+    """What an answer that is long enough has said when something has happened."""
+    sampling = SamplingParams(max_tokens=MAX_CONTEXT - 30, temperature=0.0)
+    ids = []
+    request = SequenceRequest(f"mixed-{adapter}", tuple(range(30, 60)), sampling, adapter=adapter)
+    async with client.open(request) as stream:
+        while not happened.is_set():
+            for event in await stream.next_events():
+                assert event.finish_reason is None, "too short to be a test"
+                ids += event.token_ids
+    return ids
 
 
 @both

@@ -19,8 +19,11 @@ from fastchat.engine.sampling_params import SamplingParams
 from fastchat.engine.thread_client import ThreadEngineClient
 from fastchat.errors import CheckpointError, ContextLengthError, EngineError, InvalidRequestError
 from tests.engine.conftest import answer_ids, make_engine, run_all
+from tests.engine.engine_child import MAX_CONTEXT, make_roomy_engine
 from tests.engine.tiny_models import VOCAB_SIZE, make_model
 
+ENDLESS = MAX_CONTEXT - 10
+"""Tokens of an answer that is still being computed when something happens to it, however late that is."""
 CHILD = (sys.executable, "-m", "tests.engine.engine_child")
 
 
@@ -31,7 +34,7 @@ def raise_checkpoint_error():
 def make_client(kind: str, *, fails: bool = False) -> EngineClient:
     if kind == "process":
         return ProcessEngineClient([*CHILD, "--behaviour", "fails"] if fails else CHILD)
-    return ThreadEngineClient(raise_checkpoint_error if fails else lambda: make_engine(make_model("glm")))
+    return ThreadEngineClient(raise_checkpoint_error if fails else lambda: make_roomy_engine(make_model("glm")))
 
 
 @contextlib.asynccontextmanager
@@ -124,11 +127,11 @@ def test_leaving_the_block_aborts(runner, client):
     async def main():
         num_before = client.stats.num_generated_tokens
         with contextlib.suppress(ZeroDivisionError):
-            async with client.open(request("left", max_tokens=200)) as stream:
+            async with client.open(request("left", max_tokens=ENDLESS)) as stream:
                 await stream.next_events()
                 raise ZeroDivisionError
         await asyncio.wait_for(until_empty(client), 60)
-        assert client.stats.num_generated_tokens < num_before + 200
+        assert client.stats.num_generated_tokens < num_before + ENDLESS
         assert len(answer_ids(await collect(client, request("next")))) == 20
 
     runner.run(main())
@@ -138,7 +141,7 @@ def test_abort_from_outside_is_told_to_the_stream(runner, client):
     """Who reads a sequence that somebody else aborts hears of it."""
 
     async def main():
-        async with client.open(request("a", max_tokens=200)) as stream:
+        async with client.open(request("a", max_tokens=ENDLESS)) as stream:
             events = await stream.next_events()
             client.abort("a")
             while events[-1].finish_reason is None:
@@ -171,8 +174,8 @@ def test_requests_that_cannot_fit_are_refused_before_the_engine_sees_them(runner
             with pytest.raises(InvalidRequestError):
                 client.submit(SequenceRequest("bad", ids, sampling))
         with pytest.raises(ContextLengthError) as caught:
-            client.submit(SequenceRequest("long", (5,) * 253, sampling))
-        assert (caught.value.num_prompt_tokens, caught.value.max_context) == (253, 256)
+            client.submit(SequenceRequest("long", (5,) * (MAX_CONTEXT - 3), sampling))
+        assert (caught.value.num_prompt_tokens, caught.value.max_context) == (MAX_CONTEXT - 3, MAX_CONTEXT)
         with pytest.raises(InvalidRequestError, match="logit_bias"):
             client.submit(request("bias", logit_bias=((VOCAB_SIZE, 1.0),)))
 
@@ -185,7 +188,7 @@ def test_a_closed_engine_ends_its_streams(kind):
 
     async def main():
         async with running(kind) as client:
-            stream = client.submit(request("a", max_tokens=200))
+            stream = client.submit(request("a", max_tokens=ENDLESS))
             await stream.next_events()
             await client.close()
             with pytest.raises(EngineError):
@@ -247,7 +250,7 @@ def test_closing_does_not_wait_for_a_step_that_hangs():
         for client in (thread, process):
             await client.start()
             stream = client.submit(request("a"))
-            await asyncio.wait_for(client.close(), 5)
+            await asyncio.wait_for(client.close(), 30)
             with pytest.raises(EngineError, match=r"closed|died"):
                 await read_to_the_end(stream)
             assert not client.is_alive
@@ -269,7 +272,7 @@ def test_closing_while_a_thread_loads_frees_what_it_loads():
         await asyncio.to_thread(blocking.has_begun.wait, 60)
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        await asyncio.wait_for(client.close(), 5)
+        await asyncio.wait_for(client.close(), 30)
         assert not client.is_alive
         blocking.may_go_on.set()
         await asyncio.to_thread(client._thread.join, 60)
@@ -309,7 +312,7 @@ def test_an_engine_process_that_is_loading_can_be_ended(way, capfd):
         if way == "closed":
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-            await asyncio.wait_for(client.close(), 5)
+            await asyncio.wait_for(client.close(), 30)
         else:
             os.kill(client.process_id, signal.SIGKILL)
             with pytest.raises(EngineError, match="before it was ready"):
@@ -325,7 +328,7 @@ def test_a_killed_engine_process_ends_its_streams():
 
     async def main():
         async with running("process") as client:
-            stream = client.submit(request("a", max_tokens=200))
+            stream = client.submit(request("a", max_tokens=ENDLESS))
             await stream.next_events()
             os.kill(client.process_id, signal.SIGKILL)
             with pytest.raises(EngineError, match="died"):
