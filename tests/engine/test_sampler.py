@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastchat.engine.events import SequenceRequest
@@ -63,6 +63,8 @@ def test_draw_is_the_inverse_cdf_of_the_plain_definition(logits_seed, seed, posi
     logits = random_logits(logits_seed)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     distribution = plain_distribution(logits, **options)
+    # Where a cut-off falls on a sum of weights, float32 and float64 may cut on either side of a token.
+    assume(all(plain_distribution(logits, **(options | {"top_p": top_p + by})) == distribution for by in (-1e-5, 1e-5)))
     drawn = choose(logits, seed=seed, emitted=[1] * position, **options)
     unit, below = random_unit(seed, 0, position), sum(distribution[:drawn])
     assert distribution[drawn] > 0

@@ -79,10 +79,10 @@ def test_the_cost_of_a_token_does_not_grow_with_the_answer(family: str) -> None:
     detokenizer = Detokenizer(tokenizer)
 
     def seconds_for(num_tokens: int) -> float:
-        started = time.perf_counter()
+        started = time.thread_time()
         for _ in range(num_tokens):
             detokenizer.push([3 + 0x80])
-        return time.perf_counter() - started
+        return time.thread_time() - started
 
     early = min(seconds_for(500) for _ in range(5))
     seconds_for(50_000)
