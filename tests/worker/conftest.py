@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -58,6 +59,28 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
+
+
+@contextmanager
+def slowed_down(worker):
+    """As beside a model that always computes: every step waits 20 ms for its turn, so that a long answer is still
+    running when a test acts on it, however late that is.
+    """
+    turns = worker.runtime.models.find("qwen").engine._engine()._turns
+    is_over = threading.Event()
+
+    def take_turns():
+        while not is_over.is_set():
+            with turns.turn():
+                time.sleep(0.02)
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        other.join()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ from fastchat.worker.health import EngineHealth
 from fastchat.worker.loaded_model import open_models
 from tests.checkpoints import write_checkpoint
 from tests.processes import free_port, run_command
-from tests.worker.conftest import ENGINE, TOKEN, serving, wait_until, worker_config
+from tests.worker.conftest import ENGINE, TOKEN, serving, slowed_down, wait_until, worker_config
 
 CHAT = {"model": "qwen", "messages": [{"role": "user", "content": "Hello"}]}
 
@@ -48,11 +48,12 @@ def test_final_records_reach_the_controller(thread, checkpoints):
         request = worker.client.build_request(
             "POST", "/v1/chat/completions", json={**body, "max_tokens": 300, "stream": True}, headers=headers
         )
-        response = worker.client.send(request, stream=True)
-        lines = (line for line in response.iter_lines() if line.startswith("data: "))
-        assert [next(lines)[:6] for _ in range(3)] == ["data: "] * 3  # the role, and two events with tokens
-        response.close()
-        worker.wait_until_empty()
+        with slowed_down(worker):
+            response = worker.client.send(request, stream=True)
+            lines = (line for line in response.iter_lines() if line.startswith("data: "))
+            assert [next(lines)[:6] for _ in range(3)] == ["data: "] * 3  # the role, and two events with tokens
+            response.close()
+            worker.wait_until_empty()
         worker.post("/v1/embeddings", {"model": "qwen", "input": "Hello"}, **headers)
         wait_until(lambda: any(total.num_requests == 3 for total in controller.ledger.totals()))
         (total,) = controller.ledger.totals()

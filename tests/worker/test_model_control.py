@@ -16,7 +16,7 @@ from fastchat.gateway.controller_app import ControllerConfig, create_controller_
 from fastchat.ops.key_store import KeyStore
 from fastchat.serve.model_control_command import table_lines
 from tests.processes import free_port, run_command
-from tests.worker.conftest import TOKEN, serving, wait_until, worker_config
+from tests.worker.conftest import TOKEN, serving, slowed_down, wait_until, worker_config
 
 PATH = "/api/v1/models"
 CHAT = {"model": "qwen", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
@@ -150,8 +150,9 @@ def test_an_alias_moves_its_model_and_the_others_stay(system):
 def test_unload_during_a_stream_lets_it_end(system):
     """The answer is whole; the model is leaving meanwhile, and then gone."""
     expected = text_of(system.stream(LONG).join())
-    stream = system.stream(LONG)
-    assert system.act("qwen", "unload")["state"] == "leaving"
+    with slowed_down(system.worker):
+        stream = system.stream(LONG)
+        assert system.act("qwen", "unload")["state"] == "leaving"
     lines = stream.join()
     assert lines[-2] == "data: [DONE]"
     assert text_of(lines) == expected

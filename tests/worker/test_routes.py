@@ -9,7 +9,7 @@ import httpx2
 import openai
 import pytest
 
-from tests.worker.conftest import TOKEN, is_empty
+from tests.worker.conftest import TOKEN, is_empty, slowed_down
 
 MESSAGES = [{"role": "user", "content": "你好"}]
 CHAT = {"model": "chatglm2-6b", "messages": MESSAGES}
@@ -297,23 +297,25 @@ def test_client_that_leaves_frees_its_blocks(worker, body):
     """Streaming or not, one choice or several: the sequences end and every block is free."""
     before = worker.stats("chatglm2-6b").num_generated_tokens
     request = worker.client.build_request("POST", "/v1/chat/completions", json={**ENDLESS, **body})
-    if body.get("stream"):
-        response = worker.client.send(request, stream=True)
-        assert next(response.iter_lines()).startswith("data: ")
-        response.close()
-    else:
-        with pytest.raises(httpx2.ReadTimeout):
-            httpx2.post(
-                request.url, content=request.content, headers=request.headers, timeout=httpx2.Timeout(20, read=0.05)
-            )
-    worker.wait_until_empty()
+    with slowed_down(worker):
+        if body.get("stream"):
+            response = worker.client.send(request, stream=True)
+            assert next(response.iter_lines()).startswith("data: ")
+            response.close()
+        else:
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(
+                    request.url, content=request.content, headers=request.headers, timeout=httpx2.Timeout(20, read=0.05)
+                )
+        worker.wait_until_empty()
     assert worker.stats("chatglm2-6b").num_generated_tokens - before < 400 * body.get("n", 1)
     assert worker.chat(**CHAT, max_tokens=2)["usage"]["completion_tokens"] <= 2
 
 
 def test_long_work_of_one_model_holds_up_neither_the_other_nor_life_signs(worker):
     """While one model is busy with endless answers, the other answers and /livez too."""
-    with worker.client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "n": 8, "stream": True}) as busy:
+    asked = {**ENDLESS, "n": 8, "stream": True}
+    with slowed_down(worker), worker.client.stream("POST", "/v1/chat/completions", json=asked) as busy:
         lines = busy.iter_lines()  # held: when it is dropped, the client leaves
         assert len([next(lines) for _ in range(2 * 20)]) == 40  # behind the eight roles come tokens
         assert worker.chat(**{**CHAT, "model": "qwen"}, max_tokens=4)["choices"]
