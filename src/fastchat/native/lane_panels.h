@@ -35,6 +35,7 @@ struct FloatWords {
     Output output;
     int64_t num_inputs, num_steps = (num_inputs + STEP - 1) / STEP, num_scales = 0;
 
+    int64_t column_bytes() const { return num_inputs * sizeof(Element); }
     INLINE Bytes weight_words(int64_t column, int64_t step) const {
         return some_words(weight + column * num_inputs + step * STEP, num_inputs - step * STEP);
     }
@@ -75,6 +76,7 @@ struct Int4Words {
     Output output;
     int64_t num_steps, num_scales;
 
+    int64_t column_bytes() const { return num_steps * UNIT / 2; }
     INLINE Bytes weight_words(int64_t column, int64_t step) const {
         const uint8_t* from = weight + (column * num_steps + step) * UNIT / 2;
         return unpacked(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -182,6 +184,26 @@ INLINE void add_lane(
     }
 }
 
+// Asks for the weights of the panel that this thread will likely fill next, some at a time while it multiplies, which
+// reads none of them.
+class NextPanel {
+  public:
+    // Part `number` of a weight of `end` bytes, `size` for each panel, in `num_steps`.
+    NextPanel(const void* weight, int64_t number, int64_t size, int64_t end, int64_t num_steps)
+        : at_(static_cast<const char*>(weight) + std::min(number * size, end)),
+          end_(static_cast<const char*>(weight) + std::min((number + 1) * size, end)),
+          step_((size / num_steps / 64 + 1) * 64) {}
+
+    INLINE void fetch_some() {
+        for (const char* stop = at_ + std::min(step_, end_ - at_); at_ < stop; at_ += 64)
+            _mm_prefetch(at_, _MM_HINT_T1);
+    }
+
+  private:
+    const char *at_, *end_;
+    int64_t step_;
+};
+
 thread_local Scratch rows_scratch;
 
 template <class Words>
@@ -195,7 +217,9 @@ void multiply_lane_panels(const Words& words, int64_t num_rows, int64_t num_thre
     });
     const int64_t num_columns = words.output.num_columns, panel_size = num_words * Words::W_NUMBERS * PANEL_COLUMNS;
     // A panel that fills much of a core's second cache is read once for several tiles.
-    const int64_t block_tiles = panel_size * int64_t(sizeof(int32_t)) <= PANELS_BYTES ? 1 : MAX_BLOCK_TILES;
+    const int64_t panel_bytes = panel_size * sizeof(int32_t);
+    const int64_t block_tiles = panel_bytes <= PANELS_BYTES ? 1 : MAX_BLOCK_TILES;
+    const bool has_room_for_next = panel_bytes <= PANELS_BYTES / 2;
     for_each((num_columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS, num_threads, [&](int64_t number) {
         const int64_t column = number * PANEL_COLUMNS;
         float* levels = panel_scratch.take<float>(
@@ -203,10 +227,14 @@ void multiply_lane_panels(const Words& words, int64_t num_rows, int64_t num_thre
         float* factors = levels + NUM_LEVELS * LEVEL_SIZE;
         int32_t* panel = reinterpret_cast<int32_t*>(factors + words.num_scales * PANEL_COLUMNS);
         fill_lane_panel(words, column, panel, factors);
+        NextPanel next(
+            words.weight, number + num_threads, PANEL_COLUMNS * words.column_bytes(), num_columns * words.column_bytes(),
+            16 * num_tiles);
         for (int64_t block = 0; block < num_tiles; block += block_tiles)
             for (int64_t turn = 0; turn < 16; turn++)
                 for (int64_t tile = block; tile < std::min(num_tiles, block + block_tiles); tile++) {
                     const int64_t row = first_row(tile);
+                    if (has_room_for_next) next.fetch_some();
                     with_rows<TILE_ROWS, MIN_TILE_ROWS>(first_row(tile + 1) - row, [&](auto rows) {
                         add_lane<decltype(rows)::value>(
                             words, turn, panel, factors, arranged, row, column,
