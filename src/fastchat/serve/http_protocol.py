@@ -127,6 +127,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._is_in_head:  # pipelined: only from now on can the rest of it be read
+            self._await_head()
         if self._is_in_message and not self._is_in_head and self.cycle.response_complete:
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
