@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from fastchat.api.http_edge import install_error_handlers, read_json_object
+from fastchat.api.http_edge import install_error_handlers, read_json_object, run_until_disconnect
 from fastchat.serve.http_protocol import HeadLimits, LimitedHttpProtocol
 from tests.gateway.loop_thread import LoopThread
 
@@ -33,16 +34,32 @@ async def slow(request):
     return JSONResponse({"slow": True})
 
 
+async def patient(request):
+    """Answers nobody; tells the test when it has begun, and when it has ended because the client left."""
+    request.app.state.has_begun.set()
+    try:
+        await run_until_disconnect(request, asyncio.Event().wait())
+    finally:
+        request.app.state.has_ended.set()
+
+
 async def early(request):
     return JSONResponse({"early": True})
 
 
 @pytest.fixture(scope="module")
-def port():
-    thread = LoopThread()
+def app():
+    """What is served."""
     routes = [Route("/echo", echo, methods=["POST"]), Route("/slow", slow), Route("/early", early, methods=["POST"])]
-    app = Starlette(routes=routes)
+    app = Starlette(routes=[*routes, Route("/patient", patient)])
+    app.state.has_begun, app.state.has_ended = threading.Event(), threading.Event()
     install_error_handlers(app)
+    return app
+
+
+@pytest.fixture(scope="module")
+def port(app):
+    thread = LoopThread()
     with thread.serve(app, http=Impatient) as url:
         yield int(url.rpartition(":")[2])
     thread.close()
@@ -160,6 +177,19 @@ def test_a_request_behind_one_under_way_is_no_slow_one(connection):
     time.sleep(0.3 * DEADLINE_S)
     connection.sendall(HOST + b"Content-Length: 2\r\nConnection: close\r\n\r\n{}")
     assert answers(received(connection))[-1] == (200, {})
+
+
+@pytest.mark.parametrize(
+    "behind", [b"", b"POST /echo HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}", b"GET /slow HT"]
+)
+def test_who_leaves_ends_the_request_under_way(connection, app, behind):
+    """Whatever was pipelined behind it."""
+    app.state.has_begun.clear()
+    app.state.has_ended.clear()
+    connection.sendall(b"GET /patient HTTP/1.1\r\n" + HOST + b"\r\n" + behind)
+    assert app.state.has_begun.wait(60)
+    connection.close()
+    assert app.state.has_ended.wait(60)
 
 
 def test_a_body_that_nobody_waits_for_ends_the_connection(connection):

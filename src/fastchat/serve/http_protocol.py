@@ -20,8 +20,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from fastchat.api.error_bodies import http_error_body
@@ -59,6 +60,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self._answered: RequestResponseCycle | None = None  # `cycle` is the last that was read, maybe far behind it
         self._refusal: tuple[int, str, str] | None = None
         self._is_over = False  # a refusal was sent: whatever comes now is dropped
         self._is_in_head = False
@@ -76,6 +78,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         for timer in (self._head_timer, self._linger_timer):
             if timer is not None:
                 timer.cancel()
+        self._tell_who_answers()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -131,6 +134,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._await_head()
         if self._is_in_message and not self._is_in_head and self.cycle.response_complete:
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _tell_who_answers(self) -> None:
+        """uvicorn tells only the last request that its client has left, not the one before it that is answered."""
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def _unsupported_upgrade_warning(self) -> None:
         """No warning: a server may ignore an upgrade (RFC 9110 7.8), and uvicorn's advice here is for its developer."""
