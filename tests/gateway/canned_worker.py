@@ -157,6 +157,10 @@ class CannedWorker:
         error = {"message": "top_p is 7", "type": "invalid_request_error", "param": "top_p", "code": None}
         await _send_json(send, 400, {"error": error}, ((b"x-fastchat-ignored", b"frobnicate"),))
 
+    async def _unknown(self, received, document, receive, send):
+        error = {"message": "no such model", "type": "x", "param": "model", "code": "model_not_found"}
+        await _send_json(send, 404, {"error": error})
+
     async def _conflict(self, received, document, receive, send):
         error = {"message": "odd", "type": "conflict", "param": None, "code": None}
         await _send_json(send, 409, {"error": error})

@@ -163,10 +163,10 @@ def test_the_official_client_raises_where_a_stream_breaks(api, worker):
             list(stream)
 
 
-@pytest.mark.parametrize("first", ["refuse", "die", "page", "wants_key", "redirect"])
+@pytest.mark.parametrize("first", ["refuse", "die", "page", "wants_key", "redirect", "unknown"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_another_worker_is_asked_while_nothing_was_sent(cluster, api, first, stream):
-    """A worker that drains, dies or talks nonsense before its first event costs the client nothing."""
+    """A worker that drains, dies, talks nonsense or has just lost the model costs the client nothing."""
     with cluster.worker("bad", tiny=first) as bad:
         cluster.wait_for_models(api, "tiny")
         bad.received.clear()
@@ -296,6 +296,7 @@ def test_a_refusal_of_all_workers_is_a_503_with_the_workers_word(cluster, api, w
     ("act", "status", "code"),
     [
         ("conflict", 400, None),
+        ("unknown", 404, "model_not_found"),
         ("wants_key", 503, "worker_refused"),
         ("page", 503, "bad_worker_answer"),
         ("redirect", 503, "bad_worker_answer"),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 
 import structlog
 
@@ -110,6 +111,7 @@ class Relay:
 
     async def _ask_workers(self, asked: _Asked, failure: UnavailableError | None) -> WholeAnswer | RelayedStream:
         """The answer of the first worker that has one; `failure` is what an earlier worker failed with."""
+        unknown: WholeAnswer | None = None  # of a worker that has the model no more, which the table has yet to tell
         while asked.num_lost < MAX_LOST_WORKERS:
             with ExitStack() as resources:
                 try:
@@ -123,12 +125,17 @@ class Relay:
                         )
                     )
                 except FastChatError as error:
+                    if failure is None and unknown is not None:
+                        return unknown
                     raise failure or self._table.explain(error) from None
                 asked.tried.add(worker.worker_id)
-                if failure is not None:
+                if failure is not None or unknown is not None:
                     self._on_retry()
                 try:
-                    return await self._ask_worker(worker, asked, resources)
+                    answer = await self._ask_worker(worker, asked, resources)
+                    if not (isinstance(answer, WholeAnswer) and answer.status == HTTPStatus.NOT_FOUND):
+                        return answer
+                    unknown = answer
                 except UnavailableError as error:
                     failure = error
                     asked.num_lost += error.code in (LOST, BAD_ANSWER)
