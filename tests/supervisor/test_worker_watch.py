@@ -36,7 +36,7 @@ def test_worker_that_drains_unasked_is_asked_to_end_once(rig):
     assert rig.watch.look(table("ready")) is None
     rig.watch.look(table("draining"))
     rig.watch.look(table("draining"))
-    assert rig.replaced == [("worker of tiny", "its engine died", False)]
+    assert rig.replaced == [("worker of tiny", "it takes no more requests", False)]
     rig.watch.look(table("ready", "w2"))
     rig.watch.look(table("draining", "w2"))
     assert len(rig.replaced) == 2

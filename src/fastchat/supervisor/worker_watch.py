@@ -1,4 +1,4 @@
-"""Finds the workers that live and are of no use, from the controller's table: an engine died, or all stands still."""
+"""Finds the workers that live and are of no use, from the controller's table: they drain unasked, or stand still."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class WorkerWatch:
         self._hung_since = {worker_id: self._hung_since.get(worker_id, now) for worker_id in hung_ids}
         for worker_id, worker in own.items():
             is_stuck = worker_id in self._hung_since and now - self._hung_since[worker_id] >= self._stuck_after_s
-            # A worker that drains unasked has lost an engine.
+            # A worker that drains unasked has lost an engine, or somebody else ends its process.
             if (is_stuck or worker.state == "draining") and worker_id not in self._replaced:
                 self._replaced.add(worker_id)
-                reason = "it stands still" if is_stuck else "its engine died"
+                reason = "it stands still" if is_stuck else "it takes no more requests"
                 self._replace(self._names[worker.address], reason=reason, is_stuck=is_stuck)
         waiting = [since for worker_id, since in self._hung_since.items() if worker_id not in self._replaced]
         return max(0.0, min(waiting) + self._stuck_after_s - now) if waiting else None
