@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import uvloop
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -164,6 +165,31 @@ def test_headers_that_trickle_end_at_the_deadline(connection):
     connection.settimeout(10)
     assert codes(data + received(connection)) == [(408, "head_timeout")]
     assert DEADLINE_S * 0.9 < time.monotonic() - began < DEADLINE_S + 5
+
+
+def test_a_request_that_waits_while_the_server_stands_still_is_answered():
+    """The server's own pause is not its client's slowness."""
+    stands_still = threading.Event()
+
+    class Stalling(LimitedHttpProtocol):
+        limits = HeadLimits(head_deadline_s=0.5)
+
+        def data_received(self, data):
+            if b"/still" in data:
+                stands_still.set()
+                time.sleep(0.5 + 1.3)
+            super().data_received(data)
+
+    thread = LoopThread(uvloop.new_event_loop())  # runs what is due before it reads again
+    with thread.serve(Starlette(routes=[Route("/early", early)]), http=Stalling) as url:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=60) as other, socket.create_connection(address) as waiting:
+            time.sleep(0.1)  # until both are accepted
+            other.sendall(b"GET /still HTTP/1.1\r\n" + HOST + b"\r\n")
+            assert stands_still.wait(60)
+            waiting.sendall(b"GET /early HTTP/1.1\r\n" + HOST + b"\r\n")
+            assert answers(next_answer(waiting)) == [(200, {"early": True})]
+    thread.close()
 
 
 def test_a_connection_that_says_nothing_is_closed(connection):

@@ -27,6 +27,8 @@ from uvicorn.server import ServerState
 
 from fastchat.api.error_bodies import http_error_body
 
+STALL_S = 1.0
+"""A timer that comes later than this tells that the whole process stood still, and nothing of any client."""
 LINGER_S = 2.0
 """How long a refused client is still listened to: closing while its bytes come in would destroy the answer."""
 
@@ -184,10 +186,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _await_head(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
-        self._head_timer = self.loop.call_later(self.limits.head_deadline_s, self._end_of_patience)
+        due = self.loop.time() + self.limits.head_deadline_s
+        self._head_timer = self.loop.call_at(due, self._end_of_patience, due)
 
-    def _end_of_patience(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
+    def _end_of_patience(self, due: float) -> None:
+        if self.loop.time() - due > STALL_S:
+            self._await_head()  # what the client sent meanwhile is read after the timers
+        elif self.cycle is not None and not self.cycle.response_complete:
             self._await_head()  # pipelined behind an answer that is under way; nothing is read meanwhile
         elif self._is_in_head:
             deadline_s = self.limits.head_deadline_s
