@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import queue
 import socket
 import threading
 import time
@@ -9,10 +11,15 @@ import time
 import pytest
 import uvloop
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fastchat.api.http_edge import install_error_handlers, read_json_object, run_until_disconnect
+from fastchat.api.http_edge import (
+    EventStreamResponse,
+    install_error_handlers,
+    read_json_object,
+    run_until_disconnect,
+)
 from fastchat.serve.http_protocol import HeadLimits, LimitedHttpProtocol
 from tests.gateway.loop_thread import LoopThread
 
@@ -24,6 +31,13 @@ class Impatient(LimitedHttpProtocol):
     """The same with a deadline that a test can wait for."""
 
     limits = HeadLimits(head_deadline_s=DEADLINE_S)
+    unread_limit_s = 0.5
+    ended_ports = queue.SimpleQueue()
+    """Of the clients whose connection has ended here."""
+
+    def connection_lost(self, exc):
+        self.ended_ports.put(self.client[1])
+        super().connection_lost(exc)
 
 
 async def echo(request):
@@ -44,6 +58,21 @@ async def patient(request):
         request.app.state.has_ended.set()
 
 
+async def large(request):
+    return Response(bytes(64 * 2**20))
+
+
+async def stream(request):
+    """Ends by itself where nobody reads it."""
+
+    async def events():
+        while True:
+            await asyncio.sleep(0)
+            yield bytes(2**20)
+
+    return EventStreamResponse(events(), write_deadline_s=0.4)
+
+
 async def early(request):
     return JSONResponse({"early": True})
 
@@ -52,7 +81,7 @@ async def early(request):
 def app():
     """What is served."""
     routes = [Route("/echo", echo, methods=["POST"]), Route("/slow", slow), Route("/early", early, methods=["POST"])]
-    app = Starlette(routes=[*routes, Route("/patient", patient)])
+    app = Starlette(routes=[*routes, Route("/patient", patient), Route("/large", large), Route("/stream", stream)])
     app.state.has_begun, app.state.has_ended = threading.Event(), threading.Event()
     install_error_handlers(app)
     return app
@@ -235,6 +264,16 @@ def test_a_body_that_nobody_waits_for_ends_the_connection(connection):
             is_open = False
     assert not is_open
     assert answers(data) == [(200, {"early": True})]
+
+
+@pytest.mark.parametrize("path", [b"/large", b"/stream"])
+def test_a_connection_ends_that_nobody_reads_any_more(connection, caplog, path):
+    """Its client would hold its memory for ever; and there is no error in the log, since nothing is wrong here."""
+    connection.sendall(b"GET " + path + b" HTTP/1.1\r\n" + HOST + b"\r\n")
+    own_port = connection.getsockname()[1]
+    while Impatient.ended_ports.get(timeout=60) != own_port:
+        pass
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_kept_connection_is_used_again(connection):

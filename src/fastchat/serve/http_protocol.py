@@ -8,6 +8,7 @@ nobody waits for any more is not read for ever. What arrives too late or too lar
     URL, headers or their number too large      414, 431
     not HTTP, no `Host`, another host's URL     400
     body goes on although it was answered       closed after `LINGER_S`
+    answer given up, or whole and never read    closed after `LINGER_S`, `UNREAD_LIMIT_S`
 
 The body itself is counted and timed where it is read, in `api/json_body.py`.
 """
@@ -20,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -31,6 +32,9 @@ STALL_S = 1.0
 """A timer that comes later than this tells that the whole process stood still, and nothing of any client."""
 LINGER_S = 2.0
 """How long a refused client is still listened to: closing while its bytes come in would destroy the answer."""
+
+UNREAD_LIMIT_S = 120.0
+"""How long an answer that has ended waits for a client that takes nothing of it; a stream's reader has half of that."""
 
 _log = structlog.get_logger(__name__)
 
@@ -53,6 +57,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """One connection. A subclass with other `limits` may be given to uvicorn as well."""
 
     limits = HeadLimits()
+    unread_limit_s = UNREAD_LIMIT_S
 
     def __init__(
         self,
@@ -71,13 +76,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0  # of the chunks that were all head
         self._head_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
         super().connection_made(transport)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head_timer, self._linger_timer):
+        for timer in (self._head_timer, self._linger_timer, self._unread_timer):
             if timer is not None:
                 timer.cancel()
         self._tell_who_answers()
@@ -132,14 +138,38 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._await_reader()
         if self._is_in_head:  # pipelined: only from now on can the rest of it be read
             self._await_head()
         if self._is_in_message and not self._is_in_head and self.cycle.response_complete:
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        async def to_its_end(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+            await app(scope, receive, send)
+            if cycle.response_started and not cycle.response_complete and not cycle.disconnected:
+                cycle.disconnected = True  # given up on purpose, which uvicorn would log as an error
+                self._close_soon()
+
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()  # this answer has its own bytes in the buffer
         self._answered = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, to_its_end)
+
+    def _close_soon(self) -> None:
+        """Closing alone would wait for ever for a client that reads nothing."""
+        self.transport.close()
+        self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
+
+    def _await_reader(self, num_before: int | None = None) -> None:
+        """End the connection once nothing of an ended answer has been taken for `unread_limit_s`."""
+        num_unread = self.transport.get_write_buffer_size()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+        if num_before is not None and num_unread >= num_before:
+            self.transport.abort()
+        elif num_unread:
+            self._unread_timer = self.loop.call_later(self.unread_limit_s, self._await_reader, num_unread)
 
     def _tell_who_answers(self) -> None:
         """uvicorn tells only the last request that its client has left, not the one before it that is answered."""
