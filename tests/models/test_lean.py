@@ -76,6 +76,16 @@ def test_joining_holds_each_weight_once(tmp_path, family, quantization):
     assert any("qkv_proj" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize("family", ["glm", "llama"])
+def test_a_window_that_transformers_does_not_read_is_none(tmp_path, family):
+    """Some config.json name a sliding window though their family has none."""
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / family, family, config={"sliding_window": 4}))
+    plain, lean = (load_model(checkpoint, dtype="float32") for _ in range(2))
+    make_lean(lean)
+    expected, found = hidden_states(plain), hidden_states(lean)
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
 def test_another_activation_keeps_its_own_layers(tmp_path):
     """What the lean layer does not compute is left as it is."""
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "llama", "llama", config={"hidden_act": "gelu"}))

@@ -31,6 +31,10 @@ INTERLEAVED_CLASSES = frozenset({"GlmModel"})
 
 LEAN_CLASSES = frozenset({"GlmModel", "LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 
+WINDOW_OF_CONFIG_CLASSES = frozenset({"MistralAttention"})
+"""Attention that reads its window from the configuration; where a config.json of another family names one, transformers
+does not read it."""
+
 
 def make_lean(model: PreTrainedModel) -> None:
     """Swap the decoder layers in place; a family whose layers are built otherwise keeps its own."""
@@ -204,7 +208,7 @@ def _norm(rows: Tensor, norm: Untyped) -> Tensor:
 
 
 def _sliding_window(attention: Untyped) -> int | None:
-    """The window of one layer: on the module where a family has it for some layers, else in the configuration."""
-    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    """The window of one layer: on the module where a family has it for some layers, else in Mistral's configuration."""
+    owner = attention.config if type(attention).__name__ in WINDOW_OF_CONFIG_CLASSES else attention
     window: int | None = getattr(owner, "sliding_window", None)
     return window
