@@ -125,6 +125,13 @@ def read_definition(checkpoint: Checkpoint) -> str:
         ) from error
 
 
+def with_tokens(definition: str, tokens: Sequence[tokenizers.AddedToken]) -> str:
+    """A tokenizer.json with more added tokens; those that are in the vocabulary keep their ids."""
+    tokenizer = _instance(definition)
+    tokenizer.add_tokens([*tokens])
+    return str(tokenizer.to_str())
+
+
 def load_backend_tokenizer(checkpoint: Checkpoint, definition: str, eos_token_ids: frozenset[int]) -> BackendTokenizer:
     """The tokenizer of a checkpoint whose definition has been read. Raises `CheckpointError`."""
     config = checkpoint.tokenizer_config

@@ -39,17 +39,23 @@ def load_tokenizer(checkpoint: Checkpoint) -> TemplateTokenizer:
         eos_token_ids = find_eos_token_ids(checkpoint, {})
         return ChatGLMTokenizer.from_checkpoint(checkpoint, eos_token_ids=eos_token_ids, has_roles=not is_chatglm2)
     # Other families need the tokenizers library, which ChatGLM's own tokenizer does not.
-    from fastchat.models.backend_tokenizer import load_backend_tokenizer, read_definition
+    from fastchat.models.backend_tokenizer import load_backend_tokenizer, read_definition, with_tokens
+    from fastchat.models.declared_tokens import find_missing_tokens
 
     definition = read_definition(checkpoint)
     try:
-        added: list[Mapping[str, Any]] = json.loads(definition).get("added_tokens") or []  # Any: a JSON file
-        ids_by_name = {entry["content"]: int(entry["id"]) for entry in added}
+        missing = find_missing_tokens(checkpoint, _added_tokens(definition))
+        definition = with_tokens(definition, missing) if missing else definition
+        ids_by_name = {entry["content"]: int(entry["id"]) for entry in _added_tokens(definition)}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{checkpoint.path / 'tokenizer.json'}: cannot be read ({error}); download it again"
         ) from error
     return load_backend_tokenizer(checkpoint, definition, find_eos_token_ids(checkpoint, ids_by_name))
+
+
+def _added_tokens(definition: str) -> list[Mapping[str, Any]]:  # Any: a JSON file
+    return json.loads(definition).get("added_tokens") or []
 
 
 def find_eos_token_ids(checkpoint: Checkpoint, ids_by_name: Mapping[str, int]) -> frozenset[int]:
