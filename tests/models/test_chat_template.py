@@ -108,6 +108,17 @@ def test_a_template_file_comes_before_the_tokenizer_config(tmp_path: Path) -> No
     assert tokenizer.decode(chat_format.render([user("hi")])) == "hi!"
 
 
+def test_a_template_for_tools_may_be_a_file_of_its_own(tmp_path: Path) -> None:
+    """As transformers saves named templates."""
+    write_checkpoint(tmp_path, "llama")
+    (tmp_path / "chat_template.jinja").write_text("plain")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].name }}")
+    chat_format, tokenizer = format_of(tmp_path)
+    assert tokenizer.decode(chat_format.render([user("hi")])) == "plain"
+    assert tokenizer.decode(chat_format.render([system("", tools=({"name": "add"},)), user("hi")])) == "add"
+
+
 def test_named_templates_use_the_one_for_tools_where_there_are_tools(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llama")
     templates = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].name }}"}]

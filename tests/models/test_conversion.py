@@ -91,6 +91,8 @@ def test_prompts_stay_the_same_in_a_folder_of_another_name(tmp_path: Path, name:
     (source / "tokenizer_config.json").write_text(json.dumps({**config, "name_or_path": ""}))
     (source / ".cache").write_text("hidden")
     (source / "LICENSE").write_text("free")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     convert_checkpoint(Checkpoint.open(source), tmp_path / "small")
     formats = []
     for folder in (source, tmp_path / "small"):
@@ -98,6 +100,7 @@ def test_prompts_stay_the_same_in_a_folder_of_another_name(tmp_path: Path, name:
         formats.append(load_chat_format(checkpoint, load_tokenizer(checkpoint)).name)
     assert formats[0] == formats[1] == ("chatglm2" if name == "chatglm2-6b" else "none")
     assert (tmp_path / "small/LICENSE").read_text() == "free"
+    assert (tmp_path / "small/additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
     assert not (tmp_path / "small/.cache").exists()
 
 

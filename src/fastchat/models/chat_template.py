@@ -23,6 +23,9 @@ from fastchat.models.tokenizer import TemplateTokenizer
 
 logger = logging.getLogger(__name__)
 
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Where transformers keeps the named templates beside chat_template.jinja."""
+
 
 def load_chat_format(
     checkpoint: Checkpoint, tokenizer: TemplateTokenizer, conv_template: str | None = None
@@ -100,7 +103,8 @@ def _own_template(checkpoint: Checkpoint) -> tuple[Mapping[str, str], str] | Non
     """The checkpoint's templates by name, and the file they are in. A file of its own wins, as in transformers."""
     text = checkpoint.read_text("chat_template.jinja")
     if text is not None:
-        return {"default": text}, "chat_template.jinja"
+        for_tools = checkpoint.read_text(f"{TEMPLATE_FOLDER}/tool_use.jinja")
+        return {"default": text} | ({"tool_use": for_tools} if for_tools else {}), "chat_template.jinja"
     source = "tokenizer_config.json"
     value = checkpoint.tokenizer_config.get("chat_template")
     if not value:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastchat.errors import CheckpointError, ConfigError
-from fastchat.models.chat_template import load_chat_format
+from fastchat.models.chat_template import TEMPLATE_FOLDER, load_chat_format
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.quantize import quantize_int4, quantize_int8
 from fastchat.models.quantized_parts import SCALE_SUFFIX
@@ -225,6 +225,8 @@ def _copy_small_files(source: Path, folder: Path) -> None:
         is_weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(INDEX_SUFFIX)
         if file.is_file() and not is_weights and not file.name.startswith(".") and file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
+    if (source / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / TEMPLATE_FOLDER, folder / TEMPLATE_FOLDER)
 
 
 @contextmanager
