@@ -68,6 +68,21 @@ def test_angles_that_depend_on_the_batch_are_refused(tmp_path: Path, kind: str) 
     assert kind in message_of(lambda: Checkpoint.open(tmp_path), UnsupportedModelError)
 
 
+def test_of_both_spellings_of_the_rotary_options_transformers_obeys_the_old_one(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llama")
+    edit_config(tmp_path, rope_parameters={"rope_type": "default"}, rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert "dynamic" in message_of(lambda: Checkpoint.open(tmp_path), UnsupportedModelError)
+
+
+def test_a_share_of_a_head_is_not_rotated_with_scaled_angles(tmp_path: Path) -> None:
+    """transformers fails on it at the first token, but for GLM, whose classes know shares."""
+    options = {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    write_checkpoint(tmp_path / "llama", "llama", config=options)
+    message = message_of(lambda: Checkpoint.open(tmp_path / "llama"), UnsupportedModelError)
+    assert "partial_rotary_factor 0.5" in message
+    Checkpoint.open(write_checkpoint(tmp_path / "glm", "glm", config=options))
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8"])
 def test_a_quantized_checkpoint_of_another_kind_is_refused_by_its_config(tmp_path: Path, method: str) -> None:
     write_checkpoint(tmp_path, "llama")
@@ -97,6 +112,24 @@ def test_a_chatglm_option_that_is_not_computed_is_refused_by_name(tmp_path: Path
     edit_config(tmp_path, **{option: value})
     message = message_of(lambda: Checkpoint.open(tmp_path), UnsupportedModelError)
     assert option in message or "first ChatGLM-6B" in message
+
+
+@pytest.mark.parametrize("window", [{}, {"use_sliding_window": True, "sliding_window": None}])
+def test_a_layer_that_slides_without_a_window_is_refused(tmp_path: Path, window: dict[str, Any]) -> None:
+    options = {"layer_types": ["full_attention", "sliding_attention"]}
+    write_checkpoint(tmp_path, "qwen3", config=options | {"use_sliding_window": True, "sliding_window": 8})
+    Checkpoint.open(tmp_path)
+    edit_config(tmp_path, **({"use_sliding_window": False} | window))
+    assert "sliding_attention" in message_of(lambda: Checkpoint.open(tmp_path), UnsupportedModelError)
+
+
+def test_what_the_original_does_without_an_option_is_not_guessed(tmp_path: Path) -> None:
+    """A missing multi_query_attention is False there, with rows of q, k and v in another order."""
+    folder = write_checkpoint(tmp_path, "chatglm2")
+    config = json.loads((folder / "config.json").read_text())
+    del config["multi_query_attention"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "multi_query_attention" in message_of(lambda: Checkpoint.open(folder), UnsupportedModelError)
 
 
 def test_a_folder_without_weights_says_which_files_it_wants(tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ SUPPORTED_OPTIONS: Mapping[str, bool] = {
     "fp32_residual_connection": False,
     "interleaved_qkv": False,
 }
-"""Options that change the maths, with the one value we compute. A missing option has this value in the original."""
+"""Options that change the maths, with the one value we compute."""
+
+OTHER_DEFAULTS: Mapping[str, bool] = {"multi_query_attention": False}
+"""What a missing option is in the original, where that is not what we compute."""
 
 CONFIG_NAMES: Mapping[str, str] = {
     "padded_vocab_size": "vocab_size",
@@ -77,9 +80,10 @@ def check_config(config: Config) -> None:
             "use the base checkpoint or one with merged weights"
         )
     for option, supported in SUPPORTED_OPTIONS.items():
-        if bool(config.get(option, supported)) != supported:
+        value = config.get(option, OTHER_DEFAULTS.get(option, supported))
+        if bool(value) != supported:
             raise UnsupportedModelError(
-                f"config.json: {option} is {config[option]!r}, but only {supported} runs here for chatglm"
+                f"config.json: {option} is {value!r}, but only {supported} runs here for chatglm"
             )
     optional = [] if config.get("rope_ratio") is None else ["rope_ratio"]
     for name in (*CONFIG_NAMES, *optional):

@@ -96,8 +96,8 @@ def find_family(config: Config) -> Family:
 
 
 def rope_options(config: Config) -> Config:
-    """The options of the rotary embedding, under the new or the old key; empty for the plain one."""
-    options = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """The options of the rotary embedding; empty for the plain one. Of both keys transformers obeys the old one."""
+    options = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return options if isinstance(options, Mapping) else {}
 
 
@@ -130,6 +130,29 @@ def _accept_config(_config: Config) -> None:
     """transformers' own class obeys every option of this family."""
 
 
+def _refuse_partial_rotation(config: Config) -> None:
+    """Without scaling these classes rotate whole heads whatever the file says; with it, transformers fails."""
+    kind = rope_type(config)
+    share = rope_options(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if share != 1.0 and kind != "default":
+        raise UnsupportedModelError(
+            f"config.json: partial_rotary_factor {share!r} with the rotary embedding {kind!r} does not run here for "
+            f"{config.get('model_type')}"
+        )
+
+
+def _check_qwen(config: Config) -> None:
+    """Layers that slide need a window, which these families have only where they are told to use it."""
+    _refuse_partial_rotation(config)
+    has_window = config.get("use_sliding_window") and config.get("sliding_window", 1) is not None
+    layer_types = config.get("layer_types")
+    if not has_window and isinstance(layer_types, list) and "sliding_attention" in layer_types:
+        raise UnsupportedModelError(
+            "config.json: layer_types has sliding_attention, but use_sliding_window and sliding_window give no window; "
+            "correct the file"
+        )
+
+
 def _same_config(config: Config, _format_name: str | None) -> dict[str, Any]:  # Any: values of a JSON file
     """The file is the configuration, as far as it says what to compute."""
     options = {key: value for key, value in config.items() if key in NATIVE_OPTIONS}
@@ -141,13 +164,13 @@ def _same_name(name: str) -> tuple[str, ...]:
     return () if name.endswith("rotary_emb.inv_freq") else (name,)
 
 
-def _native(name: str, prefix: str) -> Family:
+def _native(name: str, prefix: str, check_config: Callable[[Config], None] = _refuse_partial_rotation) -> Family:
     """A family whose checkpoints are in transformers' own layout."""
     return Family(
         name=name,
         model_class=f"{prefix}ForCausalLM",
         config_class=f"{prefix}Config",
-        check_config=_accept_config,
+        check_config=check_config,
         map_config=_same_config,
         rename=_same_name,
     )
@@ -164,10 +187,10 @@ FAMILIES: Mapping[str, Family] = {
             map_config=chatglm.map_config,
             rename=chatglm.rename,
         ),
-        _native("glm", "Glm"),
+        _native("glm", "Glm", _accept_config),
         _native("llama", "Llama"),
         _native("mistral", "Mistral"),
-        _native("qwen2", "Qwen2"),
-        _native("qwen3", "Qwen3"),
+        _native("qwen2", "Qwen2", _check_qwen),
+        _native("qwen3", "Qwen3", _check_qwen),
     )
 }
