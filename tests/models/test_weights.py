@@ -23,7 +23,7 @@ from fastchat.errors import ConfigError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.precision import has_fast_bfloat16
 from fastchat.models.weights import load_model
-from tests.checkpoints import FAMILIES, MISTRAL_WINDOW, NATIVE_FAMILIES, FamilyName, write_checkpoint
+from tests.checkpoints import FAMILIES, MISTRAL_WINDOW, NATIVE_FAMILIES, FamilyName, write_checkpoint, write_weights
 
 IDS = torch.arange(3, 3 + 2 * MISTRAL_WINDOW + 5)[None] * 7 % 480
 """Longer than two of Mistral's windows."""
@@ -41,6 +41,19 @@ def test_logits_are_those_of_transformers_own_loader(tmp_path: Path, family: Fam
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ours = load_model(Checkpoint.open(tmp_path), dtype="float32")
     assert torch.equal(logits_of(ours), logits_of(theirs))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_decoder_saved_without_its_head_has_no_prefix(tmp_path: Path, tied: bool) -> None:
+    """As embedding models are published; an output of its own keeps its name."""
+    folder = write_checkpoint(tmp_path, "qwen3", num_shards=1, config={"tie_word_embeddings": tied})
+    expected = logits_of(load_model(Checkpoint.open(folder), dtype="float32"))
+    tensors = load_file(folder / "model.safetensors")
+    write_weights(folder, {name.removeprefix("model."): each for name, each in tensors.items()}, 1, "safetensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = logits_of(load_model(Checkpoint.open(folder), dtype="float32"))
+    assert torch.equal(ours, expected)
+    assert torch.equal(ours, logits_of(theirs))
 
 
 @pytest.mark.parametrize("tied", [False, True])

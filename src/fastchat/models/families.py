@@ -64,6 +64,9 @@ NATIVE_OPTIONS = frozenset(
 """What a config.json may say to transformers: the maths. The other keys are for training, or choose code to be run:
 `auto_map` names remote code, and `attn_implementation` a kernel that transformers would download."""
 
+DECODER_PARTS = ("embed_tokens.", "layers.", "norm.")
+"""How the names of a decoder's tensors begin in transformers' own classes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -160,8 +163,11 @@ def _same_config(config: Config, _format_name: str | None) -> dict[str, Any]:  #
 
 
 def _same_name(name: str) -> tuple[str, ...]:
-    """Old checkpoints carry the rotary frequencies of each layer, which are computed here."""
-    return () if name.endswith("rotary_emb.inv_freq") else (name,)
+    """Old checkpoints carry the rotary frequencies of each layer, which are computed here; embedding models are often
+    saved without their output head, and so without the prefix that sets the decoder apart from it."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return ()
+    return (f"model.{name}" if name.startswith(DECODER_PARTS) else name,)
 
 
 def _native(name: str, prefix: str, check_config: Callable[[Config], None] = _refuse_partial_rotation) -> Family:
