@@ -123,6 +123,23 @@ def test_a_layer_that_slides_without_a_window_is_refused(tmp_path: Path, window:
     assert "sliding_attention" in message_of(lambda: Checkpoint.open(tmp_path), UnsupportedModelError)
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_without_tokens_is_refused_where_it_is_used(tmp_path: Path, family: Any, window: int) -> None:
+    write_checkpoint(tmp_path, family)
+    edit_config(tmp_path, sliding_window=window, use_sliding_window=True)
+    assert f"sliding_window is {window}" in message_of(lambda: Checkpoint.open(tmp_path), UnsupportedModelError)
+    edit_config(tmp_path, use_sliding_window=False, model_type="qwen2")
+    Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_angles_for_one_kind_of_layers_are_refused(tmp_path: Path, family: Any) -> None:
+    write_checkpoint(tmp_path, family)
+    edit_config(tmp_path, rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}})
+    assert "for full_attention alone" in message_of(lambda: Checkpoint.open(tmp_path), UnsupportedModelError)
+
+
 def test_what_the_original_does_without_an_option_is_not_guessed(tmp_path: Path) -> None:
     """A missing multi_query_attention is False there, with rows of q, k and v in another order."""
     folder = write_checkpoint(tmp_path, "chatglm2")

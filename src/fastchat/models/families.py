@@ -64,6 +64,9 @@ NATIVE_OPTIONS = frozenset(
 """What a config.json may say to transformers: the maths. The other keys are for training, or choose code to be run:
 `auto_map` names remote code, and `attn_implementation` a kernel that transformers would download."""
 
+WINDOW_OF_QWEN = 4096
+"""Where use_sliding_window is set and no window is given."""
+
 DECODER_PARTS = ("embed_tokens.", "layers.", "norm.")
 """How the names of a decoder's tensors begin in transformers' own classes."""
 
@@ -121,6 +124,11 @@ def _refuse_absurd_sizes(config: Config) -> None:
 
 def _refuse_moving_angles(config: Config) -> None:
     """Angles computed from the batch would make one user's numbers depend on another's length."""
+    nested = [name for name, value in rope_options(config).items() if isinstance(value, Mapping)]
+    if nested:
+        raise UnsupportedModelError(
+            f"config.json: a rotary embedding for {nested[0]} alone does not run here; one for all layers does"
+        )
     kind = rope_type(config)
     if kind not in STATIC_ROPE_TYPES:
         raise UnsupportedModelError(
@@ -144,16 +152,27 @@ def _refuse_partial_rotation(config: Config) -> None:
         )
 
 
+def _check_mistral(config: Config) -> None:
+    _refuse_partial_rotation(config)
+    _refuse_empty_window(config.get("sliding_window"))
+
+
 def _check_qwen(config: Config) -> None:
     """Layers that slide need a window, which these families have only where they are told to use it."""
     _refuse_partial_rotation(config)
-    has_window = config.get("use_sliding_window") and config.get("sliding_window", 1) is not None
+    window = config.get("sliding_window", WINDOW_OF_QWEN) if config.get("use_sliding_window") else None
+    _refuse_empty_window(window)
     layer_types = config.get("layer_types")
-    if not has_window and isinstance(layer_types, list) and "sliding_attention" in layer_types:
+    if window is None and isinstance(layer_types, list) and "sliding_attention" in layer_types:
         raise UnsupportedModelError(
             "config.json: layer_types has sliding_attention, but use_sliding_window and sliding_window give no window; "
             "correct the file"
         )
+
+
+def _refuse_empty_window(window: object) -> None:
+    if isinstance(window, int | float) and window < 1:
+        raise UnsupportedModelError(f"config.json: sliding_window is {window}; correct the file (null is no window)")
 
 
 def _same_config(config: Config, _format_name: str | None) -> dict[str, Any]:  # Any: values of a JSON file
@@ -163,9 +182,9 @@ def _same_config(config: Config, _format_name: str | None) -> dict[str, Any]:  #
 
 
 def _same_name(name: str) -> tuple[str, ...]:
-    """Old checkpoints carry the rotary frequencies of each layer, which are computed here; embedding models are often
-    saved without their output head, and so without the prefix that sets the decoder apart from it."""
-    if name.endswith("rotary_emb.inv_freq"):
+    """Old checkpoints carry the rotary angles of each layer, which are computed here; embedding models are often saved
+    without their output head, and so without the prefix that sets the decoder apart from it."""
+    if "rotary_emb" in name.split("."):
         return ()
     return (f"model.{name}" if name.startswith(DECODER_PARTS) else name,)
 
@@ -195,7 +214,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         _native("glm", "Glm", _accept_config),
         _native("llama", "Llama"),
-        _native("mistral", "Mistral"),
+        _native("mistral", "Mistral", _check_mistral),
         _native("qwen2", "Qwen2", _check_qwen),
         _native("qwen3", "Qwen3", _check_qwen),
     )
