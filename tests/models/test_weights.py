@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from fastchat.errors import ConfigError
 from fastchat.models.checkpoint import Checkpoint
+from fastchat.models.footprint import Footprint
 from fastchat.models.precision import has_fast_bfloat16
 from fastchat.models.weights import load_model
 from tests.checkpoints import FAMILIES, MISTRAL_WINDOW, NATIVE_FAMILIES, FamilyName, write_checkpoint, write_weights
@@ -116,6 +117,41 @@ def test_safetensors_are_preferred_where_both_exist(tmp_path: Path) -> None:
     only = write_checkpoint(tmp_path / "only", "llama", layout="safetensors", seed=2)
     both_logits = logits_of(load_model(Checkpoint.open(tmp_path), dtype="float32"))
     assert torch.equal(both_logits, logits_of(load_model(Checkpoint.open(only), dtype="float32")))
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors"])
+def test_a_single_file_is_preferred_to_an_index(tmp_path: Path, layout: Any) -> None:
+    """As in transformers: shards that were joined often leave their index behind."""
+    write_checkpoint(tmp_path, "llama", layout=layout)
+    for shard in tmp_path.glob(f"*.{layout}"):
+        shard.unlink()
+    write_checkpoint(tmp_path, "llama", layout=layout, num_shards=1)
+    load_model(Checkpoint.open(tmp_path))
+
+
+def test_tensors_may_be_parts_of_one_storage(tmp_path: Path) -> None:
+    """Some tools cut what they save from one flat tensor; headers and loader know the parts apart."""
+    folder = write_checkpoint(tmp_path, "llama", num_shards=1)
+    expected = logits_of(load_model(Checkpoint.open(folder), dtype="float32"))
+    footprint = Footprint.of(Checkpoint.open(folder))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    pieces = torch.cat([each.flatten() for each in tensors.values()]).split([each.numel() for each in tensors.values()])
+    parts = {name: piece.view(each.shape) for (name, each), piece in zip(tensors.items(), pieces, strict=True)}
+    torch.save(parts, folder / "pytorch_model.bin")
+    assert Footprint.of(Checkpoint.open(folder)).shapes == footprint.shapes
+    assert torch.equal(logits_of(load_model(Checkpoint.open(folder), dtype="float32")), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.rotary_emb.cos_cached", "model.rotary_emb.original_inv_freq"]
+)
+def test_stored_rotary_angles_are_left_out(tmp_path: Path, name: str) -> None:
+    folder = write_checkpoint(tmp_path, "llama", num_shards=1)
+    expected = logits_of(load_model(Checkpoint.open(folder), dtype="float32"))
+    tensors = load_file(folder / "model.safetensors")
+    write_weights(folder, {**tensors, name: torch.ones(8)}, 1, "safetensors")
+    assert torch.equal(logits_of(load_model(Checkpoint.open(folder), dtype="float32")), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -95,17 +95,17 @@ def _read_bin(file: Path) -> Iterator[StoredTensor]:
         if archive.getinfo(member).file_size > _MAX_PROGRAM_BYTES:
             raise ValueError("its list of tensors is too long")
         program = archive.read(member)
-    seen: set[str] = set()
-    for values, shape in _storages(program):
+    seen: set[tuple[str, int]] = set()
+    for values, offset, shape in _storages(program):
         _, kind, key, _, _ = values[-5:]
         name = next(value for value in reversed(values[:-5]) if isinstance(value, str) and " " not in value)
-        if key not in seen:  # tied tensors share one storage
-            seen.add(key)
+        if (key, offset) not in seen:  # tied tensors are one place of one storage, which may hold others too
+            seen.add((key, offset))
             yield StoredTensor(name, _STORAGE_TYPES.get(kind, str(kind)), shape)
 
 
-def _storages(program: bytes) -> Iterator[tuple[list[Any], tuple[int, ...]]]:  # Any: constants of the program
-    """For each BINPERSID the constants pushed before it, since the one before, and the shape that follows.
+def _storages(program: bytes) -> Iterator[tuple[list[Any], int, tuple[int, ...]]]:  # Any: constants of the program
+    """For each BINPERSID the constants pushed before it, since the one before, and the offset and shape that follow.
 
     Classes are as `module name`.
     """
@@ -126,7 +126,7 @@ def _storages(program: bytes) -> Iterator[tuple[list[Any], tuple[int, ...]]]:  #
         elif name == "BINPERSID":
             storage, pushed, top = pushed, [], None
         elif name in _TUPLES and storage is not None:
-            yield storage, tuple(pushed[1:])  # behind the offset
+            yield storage, int(pushed[0]), tuple(pushed[1:])
             storage, pushed, top = None, [], None
         elif argument is not None:
             top = argument

@@ -1,9 +1,9 @@
 """The files that hold a checkpoint's weights, checked before a byte of them is used. Torch-free.
 
-    model.safetensors.index.json    shards named by the index, any number     preferred
-    model.safetensors               a single file
-    pytorch_model.bin.index.json    shards named by the index, any number
+    model.safetensors               a single file                             preferred, as in transformers
+    model.safetensors.index.json    shards named by the index, any number
     pytorch_model.bin               a single file
+    pytorch_model.bin.index.json    shards named by the index, any number
 
 A safetensors file is an 8-byte length, a JSON header with every tensor's place, and the data, so a file that was cut
 short is known by its size. A `.bin` file is a zip archive, whose directory is at its end.
@@ -25,10 +25,10 @@ from fastchat.models.checkpoint import read_json_file
 WeightFormat = Literal["safetensors", "bin"]
 
 LAYOUTS: tuple[tuple[str, WeightFormat], ...] = (
-    ("model.safetensors.index.json", "safetensors"),
     ("model.safetensors", "safetensors"),
-    ("pytorch_model.bin.index.json", "bin"),
+    ("model.safetensors.index.json", "safetensors"),
     ("pytorch_model.bin", "bin"),
+    ("pytorch_model.bin.index.json", "bin"),
 )
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors specification."""
