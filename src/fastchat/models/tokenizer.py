@@ -44,9 +44,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> TemplateTokenizer:
 
     definition = read_definition(checkpoint)
     try:
-        missing = find_missing_tokens(checkpoint, _added_tokens(definition))
-        definition = with_tokens(definition, missing) if missing else definition
-        ids_by_name = {entry["content"]: int(entry["id"]) for entry in _added_tokens(definition)}
+        added = _added_tokens(definition)
+        missing = find_missing_tokens(checkpoint, added)
+        if missing:
+            definition = with_tokens(definition, missing)
+            added = _added_tokens(definition)
+        ids_by_name = {entry["content"]: int(entry["id"]) for entry in added}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{checkpoint.path / 'tokenizer.json'}: cannot be read ({error}); download it again"
