@@ -47,6 +47,15 @@ def test_every_value_is_shown_with_its_origin_and_no_secret(show, tmp_path):
     assert "sk-very-secret" not in ended.stdout + ended.stderr
 
 
+def test_what_it_prints_is_a_configuration_file_to_begin_with(show):
+    """Saved, it is obeyed and says the same; nothing of the default needs taking out."""
+    first = show("")
+    again = show(first.stdout)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert tomllib.loads(again.stdout) == tomllib.loads(first.stdout)
+    assert tomllib.loads(first.stdout)["no-web"] is False
+
+
 def test_json_has_the_same(show):
     """For programs."""
     shown = json.loads(show("port = 1", "--json").stdout)

@@ -12,6 +12,7 @@ from fastchat.serve.launch import create_serve_parser
 from fastchat.serve.model_worker import create_model_worker_parser
 from fastchat.serve.multi_model_worker import model_specs
 from fastchat.serve.openai_api_server import create_api_server_parser
+from fastchat.serve.option_kind import key_of, options_of, refusal_of, variable_of
 from fastchat.serve.settings import resolve, without_options
 
 MODELS = '[[models]]\npath = "/m/a"\nnames = ["a", "b"]\n[[models]]\npath = "/m/c"\nconv-template = "chatglm2"\n'
@@ -76,6 +77,24 @@ def test_every_type_of_value_can_stand_in_the_environment(settings):
     assert (values.api_keys, values.max_gpu_memory) == (["one", "two"], 13 * 2**30)
     assert (values.ssl, values.embed_in_truncate, bool(values.debug)) == (True, False, False)
     assert (values.seed, values.model_path) == (-7, ["/m/a"])
+
+
+def test_yes_means_the_same_everywhere(settings):
+    """`no-web = true` starts no page, as `--no-web`; so for every flag without a value."""
+    for action in options_of(create_serve_parser()):
+        if action.nargs == 0 and refusal_of(action) is None:
+            given = [settings(f"{key_of(action)} = true"), settings("", f"--{key_of(action)}")]
+            given.append(settings("", **{variable_of(action): "1"}))
+            assert [getattr(each.values, action.dest) for each in given] == [True, True, True], action.dest
+            assert getattr(settings(f"{key_of(action)} = false").values, action.dest) is False
+
+
+def test_list_may_be_empty_but_not_that_of_the_keys(settings):
+    """No hosts, no networks, no names; an empty list of keys must not open a server."""
+    values = settings("allowed-hosts = []\nallowed-workers = []\npin = []\nallowed-methods = []").values
+    assert (values.allowed_hosts, values.allowed_workers, values.pin, values.allowed_methods) == ([], [], (), [])
+    with pytest.raises(ConfigFileError, match="api-keys: give keys"):
+        settings("api-keys = []")
 
 
 def test_models_are_tables(settings):

@@ -107,6 +107,8 @@ def _value(path: Path, key: str, action: argparse.Action, value: object) -> Any:
         raise ConfigFileError(f"{path}: {key} must be {kind.expected}, not {_shown(value)}.")
     if isinstance(text, bool):
         return text
+    if value == [] and action.default in ([], ()):  # not so for keys: an empty list of them must not open the server
+        return action.default
     try:
         return convert(action, text)
     except ConfigFileError as error:

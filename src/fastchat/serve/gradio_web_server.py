@@ -88,9 +88,7 @@ def create_page_parser() -> argparse.ArgumentParser:
 
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """The page's flags of `fastchat serve`."""
-    parser.add_argument(
-        "--no-web", dest="web", action="store_false", help="do not start the page (default: it is started)"
-    )
+    parser.add_argument("--no-web", action="store_true", help="do not start the page (default: it is started)")
     parser.add_argument(
         "--web-host", type=flag_type(parse_host), default="localhost", help="address of the page (default: localhost)"
     )

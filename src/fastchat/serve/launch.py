@@ -324,7 +324,9 @@ def _choose_ports(arguments: argparse.Namespace, num_workers: int) -> Ports:
                 choose(INTERNAL_HOST, parse_port(first + number) if first else 0, "--worker-port")
                 for number in range(num_workers)
             ),
-            web=choose(arguments.web_host, arguments.web_port, "--web-port (or --no-web)") if arguments.web else None,
+            web=None
+            if arguments.no_web
+            else choose(arguments.web_host, arguments.web_port, "--web-port (or --no-web)"),
         )
 
 
