@@ -72,6 +72,26 @@ def test_unknown_command_is_one_line_with_what_to_type(word, hint):
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("serve", "--load8bit"), "unrecognized arguments: --load8bit; did you mean --load-8bit?"),
+        (("chat", "--modle=x"), "unrecognized arguments: --modle=x; did you mean --model?"),
+        (("serve", "models/llama"), "unrecognized arguments: models/llama; did you mean --model-path models/llama?"),
+        (("keys",), "the following arguments are required: ACTION."),
+        (("serve", "--memory", "20GIG"), "write it like 24GiB, 512MB or 1000000."),
+    ],
+    ids=str,
+)
+def test_wrong_flag_is_one_line_with_what_to_type(words, told):
+    """No list of all flags before it; the line says how to see that."""
+    ended = fastchat(*words)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(f"{told} `fastchat {words[0]} --help` lists the flags.")
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_every_command_has_a_main_that_takes_its_flags(command):
     """And gives the exit code back."""

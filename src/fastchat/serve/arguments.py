@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -39,7 +40,7 @@ _Value = TypeVar("_Value")
 
 def create_parser(module: str, description: str, *, epilog: str | None = None) -> argparse.ArgumentParser:
     """A parser for `python3 -m fastchat.serve.<module>`; a flag may be written as any unique prefix of it."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python3 -m fastchat.serve.{module}",
         description=description,
         epilog=epilog,
@@ -209,6 +210,26 @@ def _leave(exit_code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error, and names the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        end = "" if message.endswith(("?", ".")) else "."
+        self.exit(EXIT_USAGE, f"error: {message}{end} `{self.prog} --help` lists the flags.\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # Any: as argparse has it, which overloads it
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown[0])}")
+        return values
+
+    def _meant(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"; did you mean --model-path {word}?" if "--model-path" in self._option_string_actions else ""
+        close = get_close_matches(word.partition("=")[0].replace("_", "-"), self._option_string_actions, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
 
 
 class _HelpFormatter(argparse.HelpFormatter):

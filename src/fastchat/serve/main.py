@@ -13,6 +13,7 @@ from typing import NoReturn
 from fastchat import __version__
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,10 @@ def _run(command: Command, flags: list[str]) -> NoReturn:
     # A command's imports cost most of a second; only the one that runs is paid for.
     from importlib import import_module
 
-    from fastchat.serve.arguments import run_command
-
+    try:
+        from fastchat.serve.arguments import run_command
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
     run_command(lambda _: int(import_module(command.module).main(flags)))
 
 
