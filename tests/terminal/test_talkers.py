@@ -141,6 +141,7 @@ NO_KEY = json.dumps({"error": {"message": "Incorrect API key provided.", "code":
         (http("200 OK", CHUNK, kind="text/event-stream"), UnavailableError, "in the middle of the answer"),
         (http("503 Service Unavailable", b"<html>"), UnavailableError, "503"),
         (http("404 Not Found", b"nothing"), RequestError, "is --url right"),
+        (http("404 Not Found", b'{"error": "Not found."}'), RequestError, "is --url right"),
         (http("401 Unauthorized", NO_KEY), AuthenticationError, "OPENAI_API_KEY"),
         (b"", UnavailableError, "was lost"),
     ],

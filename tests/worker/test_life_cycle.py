@@ -214,11 +214,13 @@ def test_hanging_engine_is_seen_beside_a_busy_one():
 
 
 def test_bad_models_are_told_before_any_weight_is_read(checkpoints, tmp_path):
-    """One line each: a folder that is not there, a name that is there twice, a format that does not exist."""
+    """One line each: no such folder, a name that is there twice or unreadable, a format that does not exist."""
     with pytest.raises(CheckpointError, match="no such folder"):
         open_models(worker_config(checkpoints, models=(ModelSpec(tmp_path / "none"),)))
     with pytest.raises(ConfigError, match="'qwen'"):
         open_models(worker_config(checkpoints, models=(ModelSpec(checkpoints["qwen"]),) * 2))
+    with pytest.raises(ConfigError, match=r"'\\udce6' cannot be read in this locale"):
+        open_models(worker_config(checkpoints, models=(ModelSpec(checkpoints["qwen"], ("\udce6",)),)))
     with pytest.raises(ConfigError, match="no-such-format"):
         open_models(worker_config(checkpoints, models=(ModelSpec(checkpoints["qwen"], (), "no-such-format"),)))
     with pytest.raises(ConfigError, match="--pin names 'vicuna'"):

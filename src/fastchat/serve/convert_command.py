@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = "1 file" if converted.num_shards == 1 else f"{converted.num_shards} files"
     sys.stdout.write(
         f"{arguments.destination}: {size_text(converted.num_bytes)} of weights in {files}; "
-        f"serve it with --model-path {arguments.destination}\n"
+        f"serve it with --model-path {shlex.quote(str(arguments.destination))}\n"
     )
     return 0
 

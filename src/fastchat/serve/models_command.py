@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -129,7 +130,8 @@ def as_lines(inspection: Inspection) -> Iterator[str]:
     for label, dtype, quantization in forms(inspection):
         yield _row(f"  {label}", _memory_text(inspection, dtype, quantization))
     yield _row("  --dtype auto", f"{_gpu_dtype(inspection)} on a GPU, {_cpu_dtype(inspection)} on this CPU")
-    yield _row("", f"`fastchat plan {checkpoint.path}` says whether it fits, with the KV cache and everything else;")
+    plan = f"fastchat plan {shlex.quote(str(checkpoint.path))}"
+    yield _row("", f"`{plan}` says whether it fits, with the KV cache and everything else;")
     yield _row("", "models that do not fit together take turns in memory")
 
 

@@ -105,8 +105,8 @@ class HttpConnection:
         reason = error.message if error is not None else f"{response.status} {response.reason}"
         if response.status == 401:
             return AuthenticationError(f"{reason} (give a key with --api-key or OPENAI_API_KEY)")
-        if error is not None:
-            return error
+        if error is not None and (response.status != 404 or error.code is not None):
+            return error  # a 404 without a code is another server's, such as our own page's
         if 400 <= response.status < 500:
             return RequestError(f"{response.url} answers {reason}; is --url right?")
         return UnavailableError(f"{self.base_url} answers {reason}.")

@@ -141,3 +141,6 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"Two models are named {name!r}; give each its own with --model-names.")
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes of a folder's name, read in another encoding
+            why = "cannot be read in this locale; set LANG=C.UTF-8, or give another with --model-names."
+            raise ConfigError(f"The name {name!a} {why}")
