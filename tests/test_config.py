@@ -76,6 +76,12 @@ def test_what_is_no_address_is_refused(text):
         parse_url(text)
 
 
+def test_address_without_a_scheme_is_shown_with_one():
+    """What most people leave out."""
+    with pytest.raises(ConfigError, match=r"write it like http://localhost:8000\."):
+        parse_url("localhost:8000")
+
+
 def test_internal_urls_say_127_0_0_1():
     """Neither a resolver nor a proxy variable comes between; under TLS the certificate's name stays."""
     assert internal_url("localhost", 1) == "http://127.0.0.1:1"

@@ -116,7 +116,8 @@ def parse_url(text: str) -> str:
     except ValueError:  # a port that is no number, a broken IPv6 address
         is_valid = False
     if not is_valid or parts.username is not None or parts.query or parts.fragment or _has_control(text):
-        raise ConfigError(f"{text!r} is not an address; write it like http://127.0.0.1:21001.")
+        example = "http://127.0.0.1:21001" if "://" in text or not text.isprintable() or not text else f"http://{text}"
+        raise ConfigError(f"{text!r} is not an address; write it like {example}.")
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
 
 

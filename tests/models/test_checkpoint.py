@@ -35,6 +35,26 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/chatglm2-6b: no such folder" in message
 
 
+def test_a_name_of_the_hub_is_told_how_to_become_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is downloaded here."""
+    monkeypatch.chdir(tmp_path)
+    name = Path("THUDM/chatglm2-6b")
+    assert "hf download THUDM/chatglm2-6b" in message_of(lambda: Checkpoint.open(name))
+    assert "hf download" not in message_of(lambda: Checkpoint.open(tmp_path / "THUDM"))
+
+
+def test_gguf_files_are_known(tmp_path: Path) -> None:
+    """People who come from llama.cpp or Ollama have nothing else."""
+    (tmp_path / "model-q4_0.gguf").touch()
+    for path in (tmp_path, tmp_path / "model-q4_0.gguf"):
+        assert "llama.cpp" in message_of(lambda path=path: Checkpoint.open(path))
+
+
+def test_a_file_of_weights_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    assert "a file; give the folder" in message_of(lambda: Checkpoint.open(tmp_path / "model.safetensors"))
+
+
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
     assert "no config.json" in message_of(lambda: Checkpoint.open(tmp_path))
 

@@ -152,6 +152,13 @@ def test_missing_store_has_no_keys_and_is_not_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_store_that_cannot_be_looked_for_is_not_taken_for_missing(tmp_path):
+    """Without keys a server would be open."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=STORE_FILE_NAME):
+        has_keys(tmp_path / "file" / STORE_FILE_NAME)
+
+
 def test_digest_takes_any_text():
     """What a client sends may be no text at all."""
     assert key_digest("\udce9") != key_digest("é")

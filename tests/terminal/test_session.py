@@ -72,7 +72,15 @@ def test_regen_asks_the_last_question_again(talk):
     assert screen.notices == ["there is no question to answer again"]
 
 
-@pytest.mark.parametrize("line", ["!!", "!!!", "!!what is this", "!!reset the world"])
+@pytest.mark.parametrize("line", ["!!help", "!!quit", " !!Reset"])
+def test_word_that_is_no_command_is_not_asked(talk, line):
+    """It was meant as one, and the model would make something up."""
+    talker, screen = talk([line, "a"], echo)
+    assert asked(talker) == [["a"]]
+    assert f"there is no {line.strip()}; the commands are !!exit" in screen.notices[0]
+
+
+@pytest.mark.parametrize("line", ["!!", "!!!", "!!你好", "!!what is this", "!!reset the world"])
 def test_other_lines_with_marks_are_questions(talk, line):
     """Only the commands themselves are commands."""
     talker, _ = talk([line], echo)

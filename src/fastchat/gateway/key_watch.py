@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from fastchat.errors import ConfigError
-from fastchat.ops.key_store import KeyStore
+from fastchat.ops.key_store import KeyStore, is_store
 from fastchat.ops.keys import ApiKeys
 
 LOOK_INTERVAL_S = 0.25
@@ -53,9 +53,9 @@ class KeyWatch:
                 # Shielded: a look that has begun is finished before anything is closed.
                 await asyncio.shield(asyncio.to_thread(self._look_and_note))
                 self._has_failed = False
-            except ConfigError as error:
+            except Exception as error:  # noqa: BLE001 - the loop must live on, without it no key is ever revoked
                 if not self._has_failed:
-                    _log.error("API keys cannot be read, the last known ones stay", reason=error.message)
+                    _log.error("API keys cannot be read, the last known ones stay", reason=str(error))
                 self._has_failed = True
                 self._close()
 
@@ -65,7 +65,7 @@ class KeyWatch:
 
     def _look(self) -> None:
         if self._store is None:
-            if not self._path.exists():
+            if not is_store(self._path):
                 return
             self._store = KeyStore(self._path)
             self._seen = None

@@ -20,6 +20,13 @@ from fastchat.models.families import Family, find_family, rope_options, rope_typ
 MAX_STRETCHED = 1e9
 """Nothing that a rotary embedding counts is larger."""
 
+GGUF_SUFFIX = ".gguf"
+GGUF_HINT = "GGUF files are for llama.cpp; give the folder of the original model (config.json, tokenizer, safetensors)"
+FOLDER_HINT = "give the folder that holds config.json and the weights"
+
+HUB_ID_PARTS = 2
+"""The hub's names are `owner/name`."""
+
 CONTEXT_KEYS = ("seq_length", "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions")
 
 
@@ -36,7 +43,7 @@ class Checkpoint:
         """Read a folder's config.json. Raises `CheckpointError` in one line that names the file and the remedy."""
         path = Path(path).expanduser()
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such folder; give the folder that holds config.json and the weights")
+            raise CheckpointError(_no_folder_message(path))
         config = read_json_file(path / "config.json")
         if config is None:
             raise CheckpointError(_no_config_message(path))
@@ -150,10 +157,21 @@ def _finite(text: str) -> float:
     return value
 
 
+def _no_folder_message(path: Path) -> str:
+    if path.is_file():
+        return f"{path}: a file; {GGUF_HINT if path.suffix == GGUF_SUFFIX else FOLDER_HINT}"
+    if path.is_absolute() or len(path.parts) != HUB_ID_PARTS:
+        return f"{path}: no such folder; {FOLDER_HINT}"
+    download = f"nothing is downloaded here: `hf download {path}` does that, and prints the folder"
+    return f"{path}: no such folder; {FOLDER_HINT} ({download})"
+
+
 def _no_config_message(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         return f"{path}: an adapter (adapter_config.json) without a model; give its base, or merge it first"
     inner = sorted(folder.name for folder in path.iterdir() if (folder / "config.json").is_file())
     if inner:
         return f"{path}: no config.json here, but in its folder {inner[0]!r}; give that folder"
+    if next(path.glob(f"*{GGUF_SUFFIX}"), None) is not None:
+        return f"{path}: no config.json; {GGUF_HINT}"
     return f"{path}: no config.json; the folder is not a complete model, download it again"

@@ -151,9 +151,20 @@ class KeyStore:
             raise ConfigError(f"cannot use the API keys in {self._path}: {error}.") from error
 
 
+def is_store(path: Path) -> bool:
+    """Whether there is a file at `path`. Raises `ConfigError` where that cannot be told, which is no answer."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise ConfigError(f"cannot use the API keys in {path}: {error}.") from error
+    return True
+
+
 def has_keys(path: Path) -> bool:
     """Whether the store at `path` is there and has ever held a key."""
-    if not path.exists():
+    if not is_store(path):
         return False
     store = KeyStore(path)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ COMMANDS: Mapping[str, str] = {
 }
 FILE_COMMANDS = frozenset({"!!save", "!!load"})
 
+_ONE_WORD = re.compile("!![A-Za-z]+")
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -24,8 +27,14 @@ class Command:
     argument: str = ""
 
 
+def is_unknown_command(line: str) -> bool:
+    """Whether a line can only have been meant as a command, and is none: `!!help`, `!!quit`."""
+    name = line.strip()
+    return name not in COMMANDS and _ONE_WORD.fullmatch(name) is not None
+
+
 def parse_command(line: str) -> Command | None:
-    """The command that a line is, or None; whatever else begins with `!!` is a question."""
+    """The command that a line is, or None."""
     name, _, argument = line.strip().partition(" ")
     if name in FILE_COMMANDS or (name in COMMANDS and not argument):
         return Command(name, argument.strip())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fastchat.errors import ConfigError, FastChatError
-from fastchat.terminal.commands import Command, parse_command
+from fastchat.terminal.commands import COMMANDS, Command, is_unknown_command, parse_command
 from fastchat.terminal.conversation import Conversation, load_conversation, save_conversation
 from fastchat.terminal.screen import Screen
 from fastchat.terminal.talker import CONTEXT_CODE, Answered, AnswerOptions, Question, Talker
@@ -71,7 +71,9 @@ class ChatSession:
             command = parse_command(line)
             if not line.strip() or (command is not None and command.name == "!!exit"):
                 return
-            if command is None:
+            if is_unknown_command(line):
+                self._screen.notice(f"there is no {line.strip()}; the commands are {', '.join(COMMANDS)}")
+            elif command is None:
                 self._exchange(self._conversation, line)
             else:
                 self._obey(command)
