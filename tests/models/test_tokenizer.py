@@ -208,15 +208,20 @@ def test_ends_come_from_the_generation_config_else_the_config_and_from_the_token
     assert load_tokenizer(Checkpoint.open(tmp_path)).eos_token_ids == expected
 
 
-def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "chatglm", "chatglm2")
-    (tmp_path / "chatglm" / "tokenizer.model").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer.model: missing"):
-        load_tokenizer(Checkpoint.open(tmp_path / "chatglm"))
-    write_checkpoint(tmp_path / "llama", "llama")
-    (tmp_path / "llama" / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        load_tokenizer(Checkpoint.open(tmp_path / "llama"))
+@pytest.mark.parametrize(
+    ("family", "file", "message"),
+    [
+        ("chatglm2", "tokenizer.model", r"tokenizer\.model: missing"),
+        ("llama", "tokenizer.json", r"no tokenizer \(tokenizer\.json"),
+        ("qwen2", "tokenizer.json", r"no tokenizer \(tokenizer\.json"),
+    ],
+)
+def test_a_missing_tokenizer_is_named(tmp_path: Path, family: str, file: str, message: str) -> None:
+    """transformers makes one without a vocabulary for some, to which every text is empty."""
+    write_checkpoint(tmp_path, family)
+    (tmp_path / file).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(Checkpoint.open(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"IQ== 0\nIg== 1\n"])

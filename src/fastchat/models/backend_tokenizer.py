@@ -19,6 +19,9 @@ from fastchat.models.length_bound import backend_bound
 from fastchat.models.token_table import TokenTable, check_encodable
 
 SPACE = "▁"
+VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "tekken.json")
+"""What an old checkpoint has in place of tokenizer.json."""
+
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 """The classes that obey `add_bos_token` whatever the post-processor of tokenizer.json says."""
 
@@ -113,6 +116,11 @@ def read_definition(checkpoint: Checkpoint) -> str:
     text = checkpoint.read_text("tokenizer.json")
     if text is not None:
         return text
+    if not any((checkpoint.path / name).is_file() for name in VOCABULARY_FILES):  # transformers would make an empty one
+        raise CheckpointError(
+            f"{checkpoint.path}: no tokenizer (tokenizer.json, {', '.join(VOCABULARY_FILES)}); "
+            "download the tokenizer's files as well"
+        )
     from transformers import AutoTokenizer  # heavy, and needed for old checkpoints only
 
     try:
