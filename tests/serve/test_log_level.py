@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+
 import pytest
 
 from fastchat.ops.logs import configure_logging
@@ -12,7 +15,7 @@ from fastchat.serve.launch import Ports, create_serve_parser, process_specs
 from fastchat.serve.openai_api_server import create_api_server_parser
 from fastchat.worker.engine_factory import EnginePlan
 from fastchat.worker.engine_process import engine_command
-from tests.processes import run_command, start_command
+from tests.processes import START_LIMIT_S, free_port, run_command, start_command
 from tests.serve.test_launch import WORKER
 
 LEVELS = [([], "INFO"), (["--log-level", "warning"], "WARNING"), (["--log-level", "debug"], "DEBUG")]
@@ -48,10 +51,24 @@ def test_an_engine_in_a_process_of_its_own_logs_what_its_worker_logs():
     assert engine_command(plan)[-2:] == ["--log-level", "ERROR"]
 
 
-def test_a_level_keeps_what_is_below_it_out_of_the_log(tmp_path):
-    with start_command("controller", "--port", "0", "--log-level", "error", state_dir=tmp_path) as process:
-        pass
-    assert "INFO" not in process.log
+def wait_until_it_listens(port: int) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=START_LIMIT_S).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        else:
+            return
+
+
+@pytest.mark.parametrize(("level", "is_told"), [("info", True), ("error", False)])
+def test_a_level_keeps_what_is_below_it_out_of_the_log(tmp_path, level, is_told):
+    port = free_port()
+    with start_command("controller", "--port", str(port), "--log-level", level, state_dir=tmp_path) as process:
+        wait_until_it_listens(port)
+    assert ("INFO" in process.log) == is_told
 
 
 def test_the_level_comes_from_file_and_environment_too(tmp_path):
