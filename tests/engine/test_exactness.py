@@ -7,6 +7,9 @@ import torch
 
 from fastchat.engine.events import FinishReason, SequenceRequest
 from fastchat.engine.sampling_params import SamplingParams
+from fastchat.models.lean import make_lean
+from fastchat.native import attention as native_attention
+from fastchat.native.products import MAX_ROWS
 from tests.engine.conftest import answer_ids, make_engine, run_all
 from tests.engine.tiny_models import FAMILIES, VOCAB_SIZE, make_model
 
@@ -123,6 +126,33 @@ def test_shared_prefixes_survive_preemption(family):
         assert [answer_ids(events[str(index)]) for index in range(len(prompts))] == expected
     assert engine.stats.num_preemptions > 0
     assert engine.stats.num_cached_tokens > 0
+
+
+@pytest.mark.skipif(not native_attention.is_available(torch.float32), reason="there are no kernels here")
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bit_depends_on_where_a_prompt_is_cut(family, dtype):
+    """Cached or not, in parts of any size, beside others: log probabilities are the same numbers."""
+    model = make_model(family, dtype)
+    for parameter in model.get_decoder().layers.parameters():
+        parameter.mul_(10.0)  # so that what attention gives is not lost in the embeddings
+    make_lean(model)
+    prompt = tuple(3 + place * 7 % 500 for place in range(MAX_ROWS - 1))  # more rows may be torch's to multiply
+    request = greedy(prompt, top_logprobs=3)
+
+    def said(engine, *others):
+        events = run_all(engine, [*others, request])["0"]
+        return [entry for event in events for entry in event.logprobs]
+
+    expected = said(make_engine(model))
+    for size in (1, 5, 16, 23, 30):
+        assert said(make_engine(model, max_batch_tokens=size)) == expected
+    others = [greedy(prompt[number + 1 :], f"o{number}") for number in range(3)]
+    assert said(make_engine(model, max_batch_tokens=MAX_ROWS), *others) == expected
+    for cached in (30, 24, 16):
+        engine = make_engine(model, block_size=2)
+        run_all(engine, [greedy(prompt[:cached], "before", max_tokens=1)])
+        assert said(engine) == expected
 
 
 def test_prefix_cache_is_not_shared_between_salts(glm):

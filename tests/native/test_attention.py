@@ -26,9 +26,9 @@ class Case:
         packed = torch.randn((count + 1) * len(lengths) + 1, num_heads, head_dim, generator=generator) * 2
         self.query = packed.to(dtype).transpose(0, 1)  # as transformers' modules hand it over
 
-    def attend(self, indices, window=None):
+    def attend(self, indices, window=None, *, is_prompt=False):
         """One (count, H, D) for each."""
-        sequences = [(self.rows[i], self.counts[i], self.lengths[i], self.tables[i]) for i in indices]
+        sequences = [(self.rows[i], self.counts[i], self.lengths[i], self.tables[i], is_prompt) for i in indices]
         num_heads, num_tokens, head_dim = self.query.shape
         output = torch.full((num_tokens, num_heads, head_dim), 7.0, dtype=self.query.dtype)
         # One token in place of all is written, to where it already is.
@@ -104,6 +104,22 @@ def test_a_few_tokens_attend_with_the_bits_of_single_ones():
         case.lengths = [300 - back, 700 - back]
         one = case.attend([0, 1])
         assert all(torch.equal(one[i][0], few[i][3 - back]) for i in range(2))
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("size", [1, 3, 8, 9, 64])
+def test_a_prompt_attends_the_same_wherever_it_is_cut(size, window):
+    """Parts of any length see, bit for bit, what the whole sees."""
+    count, length = 150, 300
+    case = Case(torch.bfloat16, 14, 2, 64, [length], count)
+    (whole,) = case.attend([0], window, is_prompt=True)
+    (row,) = case.rows
+    parts = []
+    for start in range(0, count, size):
+        stop = min(count, start + size)
+        case.rows, case.counts, case.lengths = [row + start], [stop - start], [length - count + stop]
+        parts += case.attend([0], window, is_prompt=True)
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_large_scores_do_not_overflow_and_bad_numbers_are_seen():

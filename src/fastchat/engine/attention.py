@@ -82,6 +82,8 @@ class SequenceSpan:
     """Where the blocks begin if they are adjacent, else None."""
     block_index: Tensor | None
     """The block ids as a tensor on the device where they are not adjacent."""
+    is_prompt: bool = False
+    """Whether its rows begin within a prompt."""
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     """The causal mask for each sliding window that this step's layers use."""
 
@@ -204,7 +206,9 @@ def attend_native(inputs: LayerInputs, step: AttentionStep) -> Tensor:
 
 def native_queries(spans: list[SequenceSpan], slots: Tensor, block_size: int) -> Queries:
     """The spans as `attend_native` takes them."""
-    sequences = [(span.query_start, span.num_queries, span.context_length, span.block_ids) for span in spans]
+    sequences = [
+        (span.query_start, span.num_queries, span.context_length, span.block_ids, span.is_prompt) for span in spans
+    ]
     return Queries.of(sequences, slots, block_size)
 
 

@@ -85,7 +85,7 @@ class DecodeGraphs:
         return f"<DecodeGraphs captured {sorted(self._graphs)} up to {self._sizes[-1]}>"
 
     def takes(self, batch: ScheduledBatch) -> bool:
-        """Whether every sequence has one token to compute, without an adapter, and wants the next one alone."""
+        """Whether every sequence has one token of its answer to compute, without an adapter and without a draft."""
         return len(batch.scheduled) <= self._sizes[-1] and all(map(_is_plain_decoding, batch.scheduled))
 
     def run(self, batch: ScheduledBatch) -> Tensor:
@@ -190,6 +190,4 @@ def batch_sizes(max_running: int) -> list[int]:
 
 
 def _is_plain_decoding(item: ScheduledSequence) -> bool:
-    sequence = item.sequence
-    is_other = sequence.adapter is not None or sequence.request.wants_embedding or sequence.wants_prompt_logprobs
-    return item.num_rows == 1 and item.is_last_chunk and not is_other
+    return item.sequence.is_decoding and item.sequence.adapter is None and not item.draft

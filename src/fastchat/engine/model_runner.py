@@ -196,6 +196,7 @@ class ModelRunner:
             block_ids=block_ids,
             first_slot=block_ids[0] * block_size if are_adjacent else None,
             block_index=torch.tensor(block_ids, device=self.device) if reads_index and not are_adjacent else None,
+            is_prompt=item.start < item.sequence.num_prompt_tokens,
         )
 
     def _slots(self, item: ScheduledSequence) -> list[int]:

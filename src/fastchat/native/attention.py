@@ -16,7 +16,7 @@ from torch import Tensor
 from fastchat.native.build import ELEMENTS, kernels
 
 MAX_SINGLES = 8
-"""A sequence with up to so many new tokens is computed token by token, each with the bits that it has alone."""
+"""Up to so many new tokens behind a prompt are computed one by one, each with the bits that it has alone."""
 
 
 def is_available(dtype: torch.dtype) -> bool:
@@ -42,11 +42,15 @@ class Queries:
     block_size: int
 
     @classmethod
-    def of(cls, sequences: list[tuple[int, int, int, list[int]]], slots: Tensor, block_size: int) -> Queries:
-        """From (row, count, length, block table) of each sequence."""
+    def of(cls, sequences: list[tuple[int, int, int, list[int], bool]], slots: Tensor, block_size: int) -> Queries:
+        """From (row, count, length, block table, whether it is of a prompt) of each sequence.
+
+        A prompt's part is a chunk however short it is: where a prompt is cut, by what is cached and by the others of a
+        step, changes no bit of it.
+        """
         singles, chunks = [], []
-        for row, count, length, table in sequences:
-            if count > MAX_SINGLES:
+        for row, count, length, table, is_prompt in sequences:
+            if is_prompt or count > MAX_SINGLES:
                 chunks.append((row, count, length, table))
                 continue
             singles += [(row + i, 1, length - count + 1 + i, table) for i in range(count)]
