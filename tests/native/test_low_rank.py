@@ -36,7 +36,7 @@ def test_the_sum_is_that_of_the_formula(dtype, tolerance, num_inputs):
     assert torch.equal(together[9:12], before[9:12])
     assert torch.equal(together[:2], before[:2])
     assert torch.equal(together[:, 53:], before[:, 53:])
-    for start, stop, each in groups[:2]:
+    for start, stop, each in groups:
         for row in range(start, stop):
             alone = before[row : row + 1].clone()
             add_low_rank(alone, rows[row : row + 1], [(0, 1, each)])

@@ -10,43 +10,8 @@
 #include "chunks.h"
 #include "lane_panels.h"
 #include "layers.h"
+#include "low_rank.h"
 #include "stored_weights.h"
-
-// The sum of x[i] w[i].
-template <class Element>
-float dot(const Element* x, const Element* w, int64_t size) {
-    Floats first = zeros(), second = zeros();
-    int64_t i = 0;
-    for (; i + 2 * LANES <= size; i += 2 * LANES) {
-        first = fma(load(x + i), load(w + i), first);
-        second = fma(load(x + i + LANES), load(w + i + LANES), second);
-    }
-    float lanes[LANES], sum = 0.0f;
-    store(lanes, first + second);
-    for (float lane : lanes) sum += lane;
-    for (; i < size; i++) sum += to_float(x[i]) * to_float(w[i]);
-    return sum;
-}
-
-// output += h up, with up (rank, size).
-template <class Element>
-void add_combination(Element* output, const float* h, const Element* up, int64_t rank, int64_t size) {
-    int64_t n = 0;
-    for (; n + LANES <= size; n += LANES) {
-        Floats sum = load(output + n);
-        for (int64_t r = 0; r < rank; r++) sum = fma(fill(h[r]), load(up + r * size + n), sum);
-        store(output + n, sum);
-    }
-    for (; n < size; n++) {
-        float sum = to_float(output[n]);
-        for (int64_t r = 0; r < rank; r++) sum += h[r] * to_float(up[r * size + n]);
-        put(output + n, sum);
-    }
-}
-
-// Low-rank changes of one linear, as Python lists them: 64-bit numbers, the pieces behind their group.
-struct LowRankPiece { int64_t start, first, size, rank; const void* up; };
-struct LowRankGroup { int64_t row_start, row_stop, rank; const void* down; int64_t num_pieces; };
 
 // Calls run with an element of the type that Python numbers so.
 template <class Run>
@@ -197,24 +162,9 @@ void fastchat_add_low_rank(
     int64_t num_columns, int64_t num_threads) {
     with_element(element, [&](auto zero) {
         typedef decltype(zero) Element;
-        for_each(num_groups, num_threads, [&](int64_t number) {
-            const int64_t* at = groups;
-            for (int64_t i = 0; i < number; i++)
-                at += 5 * (1 + reinterpret_cast<const LowRankGroup*>(at)->num_pieces);
-            const LowRankGroup& group = *reinterpret_cast<const LowRankGroup*>(at);
-            const LowRankPiece* pieces = reinterpret_cast<const LowRankPiece*>(at + 5);
-            float* h = input_scratch.take<float>(group.rank);
-            for (int64_t row = group.row_start; row < group.row_stop; row++) {
-                const Element* inputs = static_cast<const Element*>(x) + row * num_inputs;
-                Element* outputs = static_cast<Element*>(output) + row * num_columns;
-                for (int64_t r = 0; r < group.rank; r++)
-                    h[r] = dot(inputs, static_cast<const Element*>(group.down) + r * num_inputs, num_inputs);
-                for (int64_t i = 0; i < group.num_pieces; i++)
-                    add_combination(
-                        outputs + pieces[i].start, h + pieces[i].first, static_cast<const Element*>(pieces[i].up),
-                        pieces[i].rank, pieces[i].size);
-            }
-        });
+        add_low_rank(
+            static_cast<const Element*>(x), static_cast<Element*>(output), groups, num_groups, num_inputs, num_columns,
+            num_threads);
     });
 }
 

@@ -1,6 +1,6 @@
 """Low-rank changes of a linear's output, for groups of its rows: all groups in one call of C++, else in torch.
 
-T rows, K inputs, N outputs, R the sum of a change's ranks. A row's result does not depend on the rows beside it.
+T rows, K inputs, N outputs, R the sum of a change's ranks. In C++ no bit of a row depends on the rows beside it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from torch import Tensor
 
 from fastchat.native.build import ELEMENTS, kernels
 from fastchat.native.products import multiply
-
-MAX_ROWS = 32
-"""Of one group; above it matrix products are faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +51,23 @@ def add_low_rank(output: Tensor, rows: Tensor, groups: Sequence[tuple[int, int, 
     No two groups share a row.
     """
     library = kernels() if output.is_cpu and output.is_contiguous() and output.dtype in ELEMENTS else None
-    small = [group for group in groups if library is not None and group[1] - group[0] <= MAX_ROWS]
-    for start, stop, change in groups:
-        if library is None or stop - start > MAX_ROWS:
+    if library is None:
+        for start, stop, change in groups:
             _add_in_torch(output[start:stop], rows[start:stop], change)
-    if library is not None and small:
-        assert rows.dtype == output.dtype == small[0][2].down.dtype
-        rows = rows.contiguous()
-        numbers = array("q", [number for start, stop, each in small for number in (start, stop, *each.numbers)])
-        library.fastchat_add_low_rank(
-            ELEMENTS[output.dtype],
-            rows.data_ptr(),
-            output.data_ptr(),
-            numbers.buffer_info()[0],
-            len(small),
-            rows.shape[1],
-            output.shape[1],
-            torch.get_num_threads(),
-        )
+        return
+    assert all(rows.dtype == output.dtype == change.down.dtype for _, _, change in groups)
+    rows = rows.contiguous()
+    numbers = array("q", [number for start, stop, change in groups for number in (start, stop, *change.numbers)])
+    library.fastchat_add_low_rank(
+        ELEMENTS[output.dtype],
+        rows.data_ptr(),
+        output.data_ptr(),
+        numbers.buffer_info()[0],
+        len(groups),
+        rows.shape[1],
+        output.shape[1],
+        torch.get_num_threads(),
+    )
 
 
 def _add_in_torch(output: Tensor, rows: Tensor, change: LowRank) -> None:
