@@ -56,6 +56,23 @@ def test_without_a_build_torch_does_the_work(tmp_path, hindrance):
     assert run(tmp_path, **hindrance).communicate()[0].split() == ["384.0", "False"]
 
 
+@pytest.mark.parametrize(("cannot", "is_native"), [("-mavx512", "True"), ("-m", "False")])
+@pytest.mark.parametrize("form", ["avx2"], indirect=True)
+def test_an_old_compiler_builds_what_it_can(form, tmp_path, cannot, is_native):
+    """One that does not know the newest instructions, and says so in an encoding of its own, builds for older ones."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        f"""#!/bin/sh
+case " $* " in *" {cannot}"*) printf 'unknown \\377' >&2; exit 1; esac
+for last; do :; done
+cp {build.kernels()._name} "$last"
+"""
+    )
+    compiler.chmod(0o755)
+    child = run(tmp_path, FASTCHAT_NATIVE="1", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert child.communicate()[0].split() == ["384.0", is_native]
+
+
 def test_an_unknown_choice_is_an_error(monkeypatch):
     """A bad value of the variable is told, not ignored."""
     monkeypatch.setenv(build.VARIABLE, "sse9")
@@ -77,4 +94,4 @@ def test_an_unknown_choice_is_an_error(monkeypatch):
 )
 def test_the_best_level_is_chosen(flags, level):
     """A CPU gets the level that is fastest on it."""
-    assert build.best_level(frozenset(flags.split())) == level
+    assert build.levels_for(frozenset(flags.split()))[0] == level

@@ -103,11 +103,10 @@ def loaded_library() -> Library | None:
     if choice == "0":
         return None
     try:
-        library = load_library(best_level(cpu_flags()) if choice == "1" else choice)
+        return _load_first(levels_for(cpu_flags()) if choice == "1" else [choice])
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         logger.info("native kernels are not used, pure torch is reason=%s", error)
         return None
-    return library
 
 
 @functools.cache
@@ -126,13 +125,25 @@ def has_level(level: str, flags: frozenset[str]) -> bool:
     return sys.platform == "linux" and flags.issuperset(LEVELS[level])
 
 
-def best_level(flags: frozenset[str]) -> str:
-    """The fastest level for a CPU with these flags. Raises NativeBuildError where it has none."""
-    levels = [level for level in LEVELS if has_level(level, flags)]
+def levels_for(flags: frozenset[str]) -> list[str]:
+    """The levels for a CPU with these flags, the fastest first. Raises NativeBuildError where it has none."""
+    # Intel's bfloat16 instruction takes twice as long as widening to float32 (Sapphire Rapids), AMD's half as long.
+    slow = {"avx512bf16"} if "AuthenticAMD" not in flags else set()
+    levels = [level for level in reversed(LEVELS) if has_level(level, flags) and level not in slow]
     if not levels:
         raise NativeBuildError("the kernels are for x86 CPUs with AVX2 under Linux")
-    # Intel's bfloat16 instruction takes twice as long as widening to float32 (Sapphire Rapids), AMD's half as long.
-    return "avx512" if levels[-1] == "avx512bf16" and "AuthenticAMD" not in flags else levels[-1]
+    return levels
+
+
+def _load_first(levels: list[str]) -> ctypes.CDLL:
+    """The first of these levels that the compiler can build: an old one does not know the newest instructions."""
+    *better, last = levels
+    for level in better:
+        try:
+            return load_library(level)
+        except NativeBuildError as error:
+            logger.info("native kernels are tried for an older CPU level=%s reason=%s", level, error)
+    return load_library(last)
 
 
 def load_library(level: str) -> ctypes.CDLL:
@@ -173,7 +184,12 @@ def _build(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
         built = subprocess.run(  # noqa: S603 - a compiler found on PATH, our own source
-            [*command, "-o", str(unfinished)], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
+            [*command, "-o", str(unfinished)],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=BUILD_TIMEOUT_S,
+            check=False,
         )
         if built.returncode:
             last_lines = " ".join(built.stderr.splitlines()[:2])
