@@ -101,7 +101,7 @@ def test_every_kernel_of_a_layer_can_be_recorded():
 
 @torch.inference_mode()
 def test_recordings_share_the_memory_of_what_is_gone():
-    """Within one, and with others of nearly the same size; none touches a result of another."""
+    """Within one, and with others of nearly the same size; a result is good until another is computed."""
     backend = RecordedCalls()
     weight = torch.randn(1024, 1024)
 
@@ -111,15 +111,38 @@ def test_recordings_share_the_memory_of_what_is_gone():
         return rows
 
     inputs = [torch.randn(count, 1024) for count in (6, 7, 8)]
-    graphs = [backend.capture(lambda rows=rows: chain(rows)) for rows in inputs]
-    results = [graph.replay().clone() for graph in graphs]
+    graphs, results = [], []
+    for rows in inputs:
+        graphs.append(backend.capture(lambda rows=rows: chain(rows)))
+        results.append(graphs[-1].replay().clone())
     for _ in range(2):
         for rows, graph, result in zip(inputs, graphs, results, strict=True):
             assert torch.equal(graph.replay(), result)
             assert torch.equal(result, chain(rows))
-    held = {graph.output.data_ptr() for graph in graphs}
-    assert len(held) == 3
     assert sum(map(len, backend._pool._free.values())) <= 3
+
+
+@torch.inference_mode()
+def test_recordings_of_many_sizes_hold_what_the_largest_does():
+    """One more takes nothing for good: neither for its result nor for those of torch's operators."""
+    backend = RecordedCalls()
+    table, weight = torch.randn(50, 1024), torch.randn(1024, 1024)
+    ids = torch.arange(40)
+
+    def compute(count):
+        return multiply(torch.nn.functional.embedding(ids[:count], table) + 1.0, weight)
+
+    graphs = {}
+    for count in range(1, len(ids) + 1):
+        graphs[count] = backend.capture(lambda count=count: compute(count))
+        assert torch.equal(graphs[count].replay(), compute(count))
+    ids.add_(7)
+    for count, graph in graphs.items():
+        assert torch.equal(graph.replay(), compute(count))
+    tensors = [graph.output for graph in graphs.values()]
+    tensors += [step.outcome for graph in graphs.values() for step in graph.steps if hasattr(step, "outcome")]
+    assert len(tensors) == 3 * len(ids)
+    assert len({tensor.data_ptr() for tensor in tensors}) <= 3 * 7  # of each power of two
 
 
 @torch.inference_mode()

@@ -6,9 +6,10 @@ those of our kernels as numbers, which C++ calls again in one go, and what torch
 angles) as calls of its operators. As with CUDA graphs, a replay reads and writes the very tensors of the recording, and
 gives its result in the same place every time.
 
-The memory of results that are gone before the step ends is used again, within a recording and by others: one step runs
-at a time. What reads a number into Python (`item`) may go another way with another number, and is never replayed: such
-a computation, or one with many of torch's operators, is simply computed every time.
+The memory of results that are gone is used again, within a recording and by others, a step's own result included: one
+step runs at a time, and its result is good until the next. What reads a number into Python (`item`) may go another way
+with another number, and is never replayed: such a computation, or one with many of torch's operators, is simply
+computed every time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastchat.native.build import Library, calls_go_to, kernels
 
@@ -45,7 +46,7 @@ NAMES = (
 RECORD_SIZE = 32
 """The numbers of a recorded call: which kernel, then its arguments but for the last, the number of threads."""
 MAX_OPERATORS = 64
-"""Of torch's, in one recording: each holds its result for good."""
+"""Of torch's, in one recording: each costs what it costs without."""
 MIN_BLOCK_BYTES = 4096
 
 _aten = torch.ops.aten
@@ -78,7 +79,7 @@ class RecordedCalls:
         except NotRecordableError as reason:
             logger.debug("steps are not recorded reason=%s", reason)
             return Computed(compute)
-        return Recording(recorder.steps(), output, self._pool)
+        return Recording(recorder.steps(), self._pool.place_of(output), self._pool)
 
 
 @dataclass(slots=True)
@@ -94,7 +95,7 @@ class Computed:
 
 @dataclass(slots=True)
 class Recording:
-    """A recorded computation; its inputs are those of the recording until the first replay."""
+    """A recorded computation; until the first replay its inputs are those of the recording, and nothing else runs."""
 
     steps: list[Callable[[], None]]
     output: Tensor
@@ -115,17 +116,31 @@ class _Pool:
     """Memory for results, given back when the last tensor on it is gone."""
 
     def __init__(self) -> None:
-        self._free: dict[int, list[Any]] = {}  # numpy's arrays by their size
+        self._blocks: dict[int, Any] = {}  # numpy's arrays by their address
+        self._free: dict[int, list[Any]] = {}  # those that nobody has, by their size
 
     def like(self, wanted: Tensor) -> Tensor:
         """A tensor of the same shape and type, on memory of ours."""
         num_bytes = wanted.numel() * wanted.itemsize
         size = max(MIN_BLOCK_BYTES, 1 << (num_bytes - 1).bit_length())
         free = self._free.setdefault(size, [])
-        block = free.pop() if free else torch.empty(size, dtype=torch.uint8).numpy()
+        block = free.pop() if free else self._new_block(size)
         lent = block[:num_bytes]
         weakref.finalize(lent, free.append, block).atexit = False
         return torch.from_numpy(lent).view(wanted.dtype).view(wanted.shape)
+
+    def place_of(self, tensor: Tensor) -> Tensor:
+        """The tensor without its hold on our memory, which others may use when the tensor itself is gone."""
+        block = self._blocks.get(_storage(tensor))
+        if block is None:
+            return tensor
+        whole = torch.from_numpy(block).view(tensor.dtype)
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _new_block(self, size: int) -> Any:
+        memory = torch.empty(size, dtype=torch.uint8)
+        block = self._blocks[memory.data_ptr()] = memory.numpy()
+        return block
 
 
 @dataclass(slots=True)
@@ -142,7 +157,7 @@ class _NativeCalls:
 
 @dataclass(slots=True)
 class _OperatorCall:
-    """A call of one of torch's operators, whose results lie where they lay."""
+    """A call of one of torch's operators, whose results go where they went."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -194,8 +209,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gi
             self._num_operators += 1
             if self._num_operators > MAX_OPERATORS:
                 raise NotRecordableError(f"more than {MAX_OPERATORS} operators")
-            self._steps.append(_OperatorCall(function, args, kwargs, outcome))
+            outcome = tree_map_only(Tensor, lambda each: each if _storage(each) in given else self._move(each), outcome)
+            places = tree_map_only(Tensor, self._pool.place_of, (args, kwargs, outcome))
+            self._steps.append(_OperatorCall(function, *places))
         return outcome
+
+    def _move(self, result: Tensor) -> Tensor:
+        return self._pool.like(result).copy_(result)
 
 
 class _RecordedLibrary:
