@@ -58,6 +58,7 @@ class Controller:
         self.config = config
         self.table = WorkerTable(time.monotonic, hang_after_s=config.hang_after_s, silent_after_s=config.silent_after_s)
         self.ledger = UsageLedger(config.usage_path)
+        self.ledger_turn = asyncio.Lock()
         self.rules = DialRules(config.allowed_workers)
         self.metrics = ControllerMetrics()
         self._feeds: set[TableFeed] = set()
@@ -149,7 +150,9 @@ def create_controller_app(config: ControllerConfig) -> FastAPI:
 def _add_routes(app: FastAPI, controller: Controller) -> None:
     @app.websocket(CONNECT_PATH)
     async def connect(socket: WebSocket) -> None:
-        reception = Reception(controller.table, controller.ledger, controller.session, controller.rules)
+        reception = Reception(
+            controller.table, controller.ledger, controller.ledger_turn, controller.session, controller.rules
+        )
         await reception.serve(socket)
 
     @app.get(WATCH_PATH)

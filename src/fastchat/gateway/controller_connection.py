@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import aiohttp
 import structlog
@@ -28,7 +28,8 @@ from fastchat.cluster.contract import (
 from fastchat.cluster.dial_rules import DialRules
 from fastchat.cluster.table import Registration, WorkerTable
 from fastchat.cluster.usage import UsageLedger
-from fastchat.errors import InvalidRequestError, RequestError, UnavailableError
+from fastchat.errors import InvalidRequestError, RequestError
+from fastchat.gateway.record_inbox import RecordInbox
 
 HELLO_LIMIT_S = 10.0
 _TRY_AGAIN_LATER = 1013  # close code of RFC 6455's registry
@@ -38,20 +39,13 @@ _log = structlog.stdlib.get_logger(__name__)
 _worker_message: TypeAdapter[Hello | Models | Progress | FinalRecord | Goodbye] = TypeAdapter(WorkerMessage)
 
 
-@dataclass(slots=True)
-class _Inbox:
-    """Final records that have come on one connection and are not kept yet."""
-
-    records: list[FinalRecord] = field(default_factory=list)
-    has_failed: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Reception:
-    """What a control connection needs of the controller."""
+    """What a control connection needs of the controller. `ledger_turn` is held by the one that writes the ledger."""
 
     table: WorkerTable
     ledger: UsageLedger
+    ledger_turn: asyncio.Lock
     session: aiohttp.ClientSession
     rules: DialRules
 
@@ -95,24 +89,28 @@ class Reception:
     async def _listen(self, socket: WebSocket, registration: Registration) -> None:
         names = ",".join(model.name for model in registration.models)
         _log.info("worker registered", worker_id=registration.worker_id, address=registration.address, models=names)
-        reason = "connection closed"
-        inbox = _Inbox()
-        try:
-            await _send(socket, Welcome())
-            while self.table.holds(registration):
-                self._take(registration, inbox, _parse(await socket.receive_text()))
-                if inbox.records:
-                    await self._keep(socket, registration, inbox)
-            reason = "replaced by another connection"
-            await _refuse(socket, "another connection took over this worker id")
-        except RequestError as error:
-            reason = error.message
-            await _refuse(socket, reason)
-        finally:
-            self.table.remove(registration)
-            _log.info("worker gone", worker_id=registration.worker_id, address=registration.address, reason=reason)
 
-    def _take(self, registration: Registration, inbox: _Inbox, message: Message) -> None:
+        async def acknowledge(number: int) -> None:
+            with suppress(WebSocketDisconnect, RuntimeError):  # whoever listens hears of the connection's end
+                await _send(socket, Acknowledge(number=number))
+
+        inbox = RecordInbox(self.ledger, self.ledger_turn, registration.worker_id, acknowledge)
+        async with inbox.keep_open():  # around all: a worker that is gone leaves the table before its records are kept
+            reason = "connection closed"
+            try:
+                await _send(socket, Welcome())
+                while self.table.holds(registration):
+                    self._take(registration, inbox, _parse(await socket.receive_text()))
+                reason = "replaced by another connection"
+                await _refuse(socket, "another connection took over this worker id")
+            except RequestError as error:
+                reason = error.message
+                await _refuse(socket, reason)
+            finally:
+                self.table.remove(registration)
+                _log.info("worker gone", worker_id=registration.worker_id, address=registration.address, reason=reason)
+
+    def _take(self, registration: Registration, inbox: RecordInbox, message: Message) -> None:
         if isinstance(message, Progress):
             self.table.report(registration, message.load)
         elif isinstance(message, Models):
@@ -121,25 +119,12 @@ class Reception:
             self.table.change_models(registration, message.models)
         elif isinstance(message, FinalRecord):
             self.table.hear(registration)
-            inbox.records.append(message)
+            inbox.put(message)
         elif isinstance(message, Goodbye):
             _log.info("worker drains", worker_id=registration.worker_id, address=registration.address)
             self.table.drain(registration)
         else:
             raise InvalidRequestError("a worker says hello once")
-
-    async def _keep(self, socket: WebSocket, registration: Registration, inbox: _Inbox) -> None:
-        """Keep what has come. A full disk costs no worker its place: the next message, a second later, tries again."""
-        try:
-            number = await asyncio.to_thread(self.ledger.add, registration.worker_id, tuple(inbox.records))
-        except UnavailableError as error:
-            if not inbox.has_failed:
-                _log.error("usage records wait", worker_id=registration.worker_id, reason=error.message)
-            inbox.has_failed = True
-            return
-        inbox.records.clear()
-        inbox.has_failed = False
-        await _send(socket, Acknowledge(number=number))
 
 
 def _parse(text: str) -> Message:
