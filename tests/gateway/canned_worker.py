@@ -141,6 +141,11 @@ class CannedWorker:
         await _write(send, chunk_event({**_chunk(received, document, ""), "choices": [], "usage": {"total_tokens": 7}}))
         raise DeathError
 
+    async def _die_behind_done(self, received, document, receive, send):
+        await self._stream(received, document, receive, send, until=len(WORDS))
+        await _write(send, DONE_EVENT)
+        raise DeathError
+
     async def _die(self, received, document, receive, send):
         await _start(send)
         raise DeathError

@@ -74,6 +74,7 @@ def test_events_of_one_read_go_out_in_one_piece():
 def test_an_answer_that_says_its_end_is_whole(ending):
     framer = EventFramer(has_tags=True)
     sent = framer.feed(b"data: a\n\n" + ending)
+    assert framer.has_ended() == ending.endswith(b"\n\n")
     assert (sent + framer.finish()).rstrip() == b"data: a\n\n" + ending.rstrip()
 
 
@@ -81,6 +82,7 @@ def test_an_answer_that_says_its_end_is_whole(ending):
 def test_an_answer_that_just_stops_is_broken(text):
     framer = EventFramer(has_tags=True)
     framer.feed(text)
+    assert not framer.has_ended()
     with pytest.raises(BrokenStreamError):
         framer.finish()
 

@@ -225,6 +225,22 @@ def test_a_stream_that_lacks_only_its_end_gets_it_and_no_second_usage(cluster, a
     cluster.wait_for_models(api)
 
 
+def test_a_stream_that_was_told_to_its_end_is_whole_however_its_connection_ends(cluster, api):
+    """Its worker died behind `[DONE]`: nobody tells the end again, and it is no error."""
+    with cluster.worker("bad", tiny="die_behind_done") as bad:
+        cluster.wait_for_models(api, "tiny")
+        with cluster.worker("good", ("tiny", "other")) as good:
+            cluster.wait_for_models(api, "other", "tiny")
+            bad.received.clear()
+            while not bad.received:  # whichever is chosen first
+                good.received.clear()
+                _, _, body = cluster.post(api, CHAT, QUESTION | {"stream": True})
+        assert not good.received
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert body.count(b"[DONE]") == 1
+    cluster.wait_for_models(api)
+
+
 def test_a_lost_stream_does_not_begin_again_on_a_server_of_another_kind(cluster, api):
     """Which would answer the whole request, behind what the client has already."""
     other = CannedWorker("other", ("tiny", "other"))

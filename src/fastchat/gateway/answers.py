@@ -110,7 +110,13 @@ class RelayedStream:
         return b""
 
     async def _go_on_elsewhere(self, failure: UnavailableError) -> bytes:
-        """The next events, from another worker that takes the stream over. Raises `failure` where none can."""
+        """The next events, from another worker that takes the stream over. Raises `failure` where none can.
+
+        What was told to its end needs nobody: of that worker only its connection was cut.
+        """
+        if failure.code == LOST and self._framer.has_ended():
+            self._is_finished = True
+            return b""
         if failure.code == LOST and self._framer.lacks_only_done():
             self._is_finished = True
             return DONE_EVENT  # another worker would tell the usage again

@@ -68,14 +68,17 @@ class EventFramer:
         A whole answer ends with `data: [DONE]` or with an error event; one that ends otherwise was cut.
         """
         rest, self._rest = self._rest, b""
-        last_line = (rest.rstrip() or self._last_events.rstrip()).rpartition(b"\n")[2]
-        if not _LAST_LINE.match(last_line):
+        if not _LAST_LINE.match(_last_line(rest) or _last_line(self._last_events)):
             raise BrokenStreamError("it ended before its last event")
         return self._without_tags(rest.rstrip() + b"\n\n") if rest.strip() else rest
 
+    def has_ended(self) -> bool:
+        """Whether the last event so far ends the answer: nothing is missing but the end of the connection."""
+        return not self._rest.strip() and bool(_LAST_LINE.match(_last_line(self._last_events)))
+
     def lacks_only_done(self) -> bool:
         """Whether the last event so far was our worker's usage, behind which comes nothing but `data: [DONE]`."""
-        return self._has_tags and bool(_USAGE_EVENT.match(self._last_events.rstrip().rpartition(b"\n")[2]))
+        return self._has_tags and bool(_USAGE_EVENT.match(_last_line(self._last_events)))
 
     def _without_tags(self, events: bytes) -> bytes:
         if not self._has_tags:
@@ -88,6 +91,10 @@ class EventFramer:
             if len(self.tags) > MAX_TAG_BYTES:
                 self.tags = None
         return b"".join(pieces[::2])
+
+
+def _last_line(events: bytes) -> bytes:
+    return events.rstrip().rpartition(b"\n")[2]
 
 
 def _end_of_last_event(pending: bytes, begin: int) -> int:
