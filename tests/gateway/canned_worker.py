@@ -18,9 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from fastchat.api.error_bodies import error_event
 from fastchat.api.streaming import DONE_EVENT, chunk_event, ids_tag, prompt_tag
 from fastchat.cluster.contract import CREATED_HEADER, REQUEST_ID_HEADER, TAGS_HEADER, Hello, Load, ModelEntry
 from fastchat.cluster.registration import ControlConnection
+from fastchat.errors import UnavailableError
 
 CREATED = 1690876019
 WORDS = ("Hel", "lo", "，世界", "!")
@@ -135,6 +137,10 @@ class CannedWorker:
     async def _die_in_stream(self, received, document, receive, send):
         await self._stream(received, document, receive, send, until=2)
         raise DeathError  # the server closes the connection without an end
+
+    async def _shut_down_in_stream(self, received, document, receive, send):
+        await self._stream(received, document, receive, send, until=2)
+        await _write(send, error_event(UnavailableError("Good bye.", code="shutting_down")), more_body=False)
 
     async def _die_behind_usage(self, received, document, receive, send):
         await self._stream(received, document, receive, send, until=len(WORDS))

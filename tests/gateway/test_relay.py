@@ -138,6 +138,7 @@ def test_a_worker_hears_at_once_that_the_client_left(cluster, api, worker, act):
     ("act", "code"),
     [
         ("die_in_stream", "worker_lost"),
+        ("shut_down_in_stream", "shutting_down"),
         ("cut_stream", "bad_worker_answer"),
         ("endless_line", "bad_worker_answer"),
         ("blank_lines", "bad_worker_answer"),
@@ -182,10 +183,13 @@ def test_another_worker_is_asked_while_nothing_was_sent(cluster, api, first, str
 
 
 @pytest.mark.parametrize("good_act", ["answer", "bad_value", "die"])
-def test_a_lost_stream_goes_on_with_another_worker(cluster, api, good_act):
-    """It gets the body and what the client has, with the same id, time and seed; where it fails too, the first error
-    stands at the end of the stream."""
-    with cluster.worker("bad", tiny="die_in_stream") as bad:
+@pytest.mark.parametrize(
+    ("bad_act", "code"), [("die_in_stream", "worker_lost"), ("shut_down_in_stream", "shutting_down")]
+)
+def test_a_lost_stream_goes_on_with_another_worker(cluster, api, bad_act, code, good_act):
+    """Lost, or ended early by a worker that shuts down. The other one gets the body and what the client has, with the
+    same id, time and seed; where it fails too, an error stands at the end of the stream."""
+    with cluster.worker("bad", tiny=bad_act) as bad:
         cluster.wait_for_models(api, "tiny")
         with cluster.worker("good", ("tiny", "other"), tiny=good_act) as good:
             cluster.wait_for_models(api, "other", "tiny")
@@ -204,7 +208,10 @@ def test_a_lost_stream_goes_on_with_another_worker(cluster, api, good_act):
         assert b": 0" not in body
         assert body.count(WORDS[0].encode()) == (2 if good_act == "answer" else 1)
         last = data_of(body)[-1]
-        assert last == b"[DONE]" if good_act == "answer" else orjson.loads(last)["error"]["code"] == "worker_lost"
+        if good_act == "answer":
+            assert last == b"[DONE]"
+        else:
+            assert error_of(last)["code"] == ("worker_lost" if good_act == "die" else code)
     cluster.wait_for_models(api)
 
 

@@ -23,6 +23,8 @@ from fastchat.gateway.exchange import LOST, Exchange
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Embeddings of many long inputs as decimal numbers are tens of megabytes."""
 BAD_ANSWER = "bad_worker_answer"
+SHUTTING_DOWN = "shutting_down"
+"""The code of a worker that ends what it still answers: another one may go on with it."""
 REFUSED = "worker_refused"
 
 _PASSED_HEADERS = (IGNORED_HEADER, "retry-after")
@@ -97,6 +99,8 @@ class RelayedStream:
         """Whole events, b"" at the proper end. Raises `UnavailableError` where the stream is cut or broken."""
         try:
             while not self._is_finished:
+                if self._framer.is_shut_down:
+                    return await self._go_on_elsewhere(_shut_down())
                 try:
                     chunk = await self._exchange.read()
                 except UnavailableError as failure:
@@ -121,7 +125,7 @@ class RelayedStream:
             self._is_finished = True
             return DONE_EVENT  # another worker would tell the usage again
         tags = self._framer.tags
-        if self._resume is None or failure.code != LOST or not tags:
+        if self._resume is None or failure.code not in (LOST, SHUTTING_DOWN) or not tags:
             raise failure
         other = await self._resume(bytes(tags), failure)
         self._owned.close()
@@ -191,6 +195,10 @@ def _refusal(error: dict[str, Any] | None, headers: Mapping[str, str]) -> Unavai
         retry_after_s=int(retry_after) if retry_after.isdecimal() and len(retry_after) < 6 else 1,
         code=code if isinstance(code, str) else "unavailable",
     )
+
+
+def _shut_down() -> UnavailableError:
+    return UnavailableError("The worker is shutting down and ended this answer early; try again.", code=SHUTTING_DOWN)
 
 
 def _bad_answer(worker: WorkerEntry, request_id: str, what: str) -> UnavailableError:

@@ -23,6 +23,8 @@ _MAX_BLANK_BYTES = 64 * 1024
 _TAG_LINE = re.compile(rb"^(: \d+ (?:prompt|end|\d+) [\d,]*\r?\n)", re.MULTILINE)
 _USAGE_EVENT = re.compile(rb'data: \{.*"choices":\[\]')  # within a string the quotes would be escaped
 _LAST_LINE = re.compile(rb'data: ?(?:\[DONE\]|\{"error":)')
+_SHUT_DOWN_CODE = b'"code":"shutting_down"'
+_SHUT_DOWN_EVENT = re.compile(rb'^data: \{"error":.*"code":"shutting_down".*\n\n\Z', re.MULTILINE)
 
 
 class BrokenStreamError(Exception):
@@ -30,10 +32,15 @@ class BrokenStreamError(Exception):
 
 
 class EventFramer:
-    """The framing of one stream. `tags` holds the raw tag lines so far, None where they became too many."""
+    """The framing of one stream. `tags` holds the raw tag lines so far, None where they became too many.
+
+    `is_shut_down`: our worker has said that it ends the answer early, which is kept from the client: another one may go
+    on with it.
+    """
 
     def __init__(self, *, has_tags: bool) -> None:
         self.tags: bytearray | None = bytearray() if has_tags else None
+        self.is_shut_down = False
         self._has_tags = has_tags
         self._rest = b""
         self._num_blank_bytes = 0
@@ -83,6 +90,9 @@ class EventFramer:
     def _without_tags(self, events: bytes) -> bytes:
         if not self._has_tags:
             return events
+        if _SHUT_DOWN_CODE in events and (farewell := _SHUT_DOWN_EVENT.search(events)):
+            self.is_shut_down = True
+            events = events[: farewell.start()]
         pieces = _TAG_LINE.split(events)  # text, tag, text, tag, ..., text
         if len(pieces) == 1:
             return events

@@ -98,7 +98,7 @@ class Relay:
 
     async def _resume(self, asked: _Asked, tags: bytes, failure: UnavailableError) -> RelayedStream:
         """The rest of a stream, from another worker of ours. Raises `failure` where there is none."""
-        asked.num_lost += 1
+        asked.num_lost += failure.code == LOST
         # A server of another kind does not know the resume form: it would begin the answer again.
         asked.tried |= {worker.worker_id for worker in self._table.workers() if worker.is_external}
         asked.request = replace(asked.request, body=resume_body(asked.request.body, tags), is_resume=True)
