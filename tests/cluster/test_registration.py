@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastchat.cluster.contract import Hello, Load, ModelEntry
 from fastchat.cluster.registration import ControlConnection
 
 
-def connection(max_records: int) -> ControlConnection:
+def connection(port: int = 1, **limits: float) -> ControlConnection:
     models = (ModelEntry(name="m", max_context=8, created=1),)
     return ControlConnection(
-        controller_address="http://localhost:1",
+        controller_address=f"http://localhost:{port}",
         token="t",
         hello=Hello(worker_id="w", address="http://127.0.0.1:1", models=models),
         get_load=Load,
-        max_records=max_records,
+        **limits,
     )
 
 
@@ -52,3 +54,25 @@ def test_acknowledged_records_leave_the_queue():
     assert not link._settled.is_set()
     link._acknowledge(4)
     assert link._settled.is_set()
+
+
+def test_controller_that_says_nothing_is_tried_again():
+    """It takes the connection and answers not even the handshake: a worker that waited for ever would be lost to the
+    cluster, and nobody would be told."""
+
+    async def law() -> None:
+        arrived: asyncio.Queue[None] = asyncio.Queue()
+
+        async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            arrived.put_nowait(None)
+            await reader.read()  # until the worker closes it
+            writer.close()
+
+        server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+        link = connection(server.sockets[0].getsockname()[1], welcome_limit_s=0.1)
+        async with asyncio.timeout(60), link.keep_open():
+            await arrived.get()
+            await arrived.get()
+        server.close()
+
+    asyncio.run(law())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Literal
 
 import aiohttp
@@ -63,12 +63,14 @@ class ControlConnection:
         hello: Hello,
         get_load: Callable[[], Load],
         max_records: int = MAX_RECORDS,
+        welcome_limit_s: float = WELCOME_LIMIT_S,
     ) -> None:
         self._url = dial_url(controller_address) + CONNECT_PATH
         self._headers = {"Authorization": f"Bearer {token}"}
         self._hello = hello
         self._get_load = get_load
         self._max_records = max_records
+        self._welcome_limit_s = welcome_limit_s
         self._attempts = Attempts(controller_address)
         self._records: deque[FinalRecord] = deque()  # not acknowledged yet, oldest first
         self._num_sent = 0  # how many of them went out on the present connection
@@ -169,8 +171,7 @@ class ControlConnection:
 
     async def _live_once(self, session: aiohttp.ClientSession) -> None:
         """One connection, from the handshake to its end."""
-        async with session.ws_connect(self._url, headers=self._headers, heartbeat=10.0, autoping=True) as socket:
-            await self._introduce(socket)
+        async with self._welcomed(session) as socket:
             names = ",".join(model.name for model in self._hello.models)
             self._attempts.note_success("registered with the controller", models=names, address=self._hello.address)
             self._num_sent = 0
@@ -184,14 +185,20 @@ class ControlConnection:
                 self.is_connected = False
         raise ConnectionResetError("the connection was closed")
 
-    async def _introduce(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        await _send(socket, self._hello)
-        async with asyncio.timeout(WELCOME_LIMIT_S):
-            answer = _parse(await socket.receive())
-        if isinstance(answer, Refused):
-            raise _RefusedError(answer.reason)
-        if not isinstance(answer, Welcome):
-            raise ConnectionResetError("the controller closed the connection without a welcome")
+    @asynccontextmanager
+    async def _welcomed(self, session: aiohttp.ClientSession) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        """A connection on which the controller has answered; one that takes it and says nothing is given up."""
+        async with AsyncExitStack() as stack:
+            async with asyncio.timeout(self._welcome_limit_s):
+                connecting = session.ws_connect(self._url, headers=self._headers, heartbeat=10.0, autoping=True)
+                socket = await stack.enter_async_context(connecting)
+                await _send(socket, self._hello)
+                answer = _parse(await socket.receive())
+            if isinstance(answer, Refused):
+                raise _RefusedError(answer.reason)
+            if not isinstance(answer, Welcome):
+                raise ConnectionResetError("the controller closed the connection without a welcome")
+            yield socket
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         """Take acknowledgements until the connection ends, then let the writer end too."""
