@@ -5,6 +5,7 @@ import socket
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 
 from fastchat.gateway.worker_connection import MAX_BUFFERED_BYTES, MAX_HEAD_BYTES, BrokenAnswerError
 from fastchat.gateway.worker_http import MAX_CONNECTING, ConnectError, WorkerHttp
@@ -203,6 +204,29 @@ def test_workers_that_are_gone_are_forgotten():
             assert [address in repr(http) for address in (gone_at, kept_at, new_at)] == [False, True, True]
 
     asyncio.run(asyncio.wait_for(ask_four(), 20))
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_machine_that_is_gone_without_a_word_is_noticed(new_loop):
+    """By the system's probes: an answer has no time limit, and no table tells of a machine while its controller is gone
+    too."""
+
+    def options_of(connected):
+        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+        probes = [connected.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
+        return connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), *probes
+
+    async def run():
+        async with asked(ScriptedServer(WHOLE)) as (http, address):
+            await text_of(await http.ask(address, "/x", {}))
+            (line,) = http._lines.values()
+            (connection,) = line._all
+            return options_of(connection._transport.get_extra_info("socket"))
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        is_on, idle_s, pause_s, number = runner.run(run())
+    assert is_on
+    assert idle_s + number * pause_s <= 30
 
 
 def test_nobody_listens():

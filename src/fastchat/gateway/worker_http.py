@@ -26,6 +26,10 @@ IDLE_S = 15.0
 """How long a connection is kept for the next request; our servers keep theirs five times as long."""
 MAX_CONNECTING = 32
 """Connections to one address that are being made at a time."""
+_PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""A machine that is gone without a word is noticed after half a minute, also where no table tells of it: an answer may
+take for ever, but the machine that computes it is there. Seconds, and the number of probes; where the system has them.
+"""
 
 
 class ConnectError(OSError):
@@ -149,7 +153,7 @@ class _Line:
         for address in addresses:
             try:
                 async with asyncio.timeout(self._connect_timeout_s / len(addresses)):
-                    _, connection = await asyncio.get_running_loop().create_connection(
+                    transport, connection = await asyncio.get_running_loop().create_connection(
                         lambda: Connection(self._keep, self._forget),
                         address,
                         self._port,
@@ -159,6 +163,7 @@ class _Line:
             except OSError as error:  # TimeoutError is one
                 failure = error
             else:
+                _probe(transport.get_extra_info("socket"))
                 self._all.add(connection)
                 return connection
         raise failure
@@ -180,6 +185,14 @@ class _Line:
     def _forget(self, connection: Connection) -> None:
         self._all.discard(connection)
         self._free.pop(connection, None)
+
+
+def _probe(connected: socket.socket) -> None:
+    """Let the system ask a silent peer whether it is still there."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _PROBES.items():
+        if hasattr(socket, name):
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _parsed(address: str) -> URL:
