@@ -35,7 +35,7 @@ def test_rebound_name_is_refused(cluster, local, host):
         assert "x-request-id" in headers
 
 
-@pytest.mark.parametrize("origin", ["https://page.example", "null", "http://localhost:1"])
+@pytest.mark.parametrize("origin", ["https://page.example", "null", "http://localhost:1", "http://[", "http://a]b"])
 def test_simple_post_of_a_foreign_page_is_refused(cluster, local, origin):
     """No preflight comes before it, so CORS would let it compute."""
     headers = {"Origin": origin, "Content-Type": "text/plain"}

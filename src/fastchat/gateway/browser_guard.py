@@ -64,7 +64,7 @@ class BrowserGuard:
             )
         if origin is None or scope["method"] in _READING:
             return None
-        if origin in self._allowed_origins or "*" in self._allowed_origins or urlsplit(origin).netloc == host:
+        if origin in self._allowed_origins or "*" in self._allowed_origins or _host_of(origin) == host:
             return None
         return "Web pages of this origin may not call this server; its operator can allow them with --allowed-origins."
 
@@ -77,6 +77,13 @@ def _name_of(host: str) -> str:
     """The name in `name:port` or `[::1]:port`, in lower case and without the root's dot."""
     try:
         return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
+    except ValueError:
+        return ""
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
     except ValueError:
         return ""
 
