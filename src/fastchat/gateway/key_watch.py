@@ -49,10 +49,13 @@ class KeyWatch:
     async def _look_forever(self) -> None:
         while True:
             await asyncio.sleep(LOOK_INTERVAL_S)
+            look = asyncio.ensure_future(asyncio.to_thread(self._look_and_note))
             try:
-                # Shielded: a look that has begun is finished before anything is closed.
-                await asyncio.shield(asyncio.to_thread(self._look_and_note))
+                await asyncio.shield(look)
                 self._has_failed = False
+            except asyncio.CancelledError:
+                await asyncio.wait({look})  # before its store is closed
+                raise
             except Exception as error:  # noqa: BLE001 - the loop must live on, without it no key is ever revoked
                 if not self._has_failed:
                     _log.error("API keys cannot be read, the last known ones stay", reason=str(error))
