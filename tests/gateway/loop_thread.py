@@ -28,7 +28,7 @@ class LoopThread:
         self.loop.close()
 
     @contextmanager
-    def serve(self, app, port=0, *, on_stop=None, http="auto"):
+    def serve(self, app, port=0, *, on_stop=None, http="auto", keep_alive_s=75):
         """The URL of `app` while the block runs; its lifespan runs too. `on_stop` ends its endless streams."""
         # With the protocol named, or asyncio leaves Nagle on and every answer takes 40 ms.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -42,7 +42,7 @@ class LoopThread:
             http=http,
             ws="websockets-sansio",
             timeout_graceful_shutdown=3,
-            timeout_keep_alive=75,
+            timeout_keep_alive=keep_alive_s,
         )
         server = Server(config, on_stop)
         serving = asyncio.run_coroutine_threadsafe(server.serve([listener]), self.loop)

@@ -288,6 +288,20 @@ def test_a_kept_connection_is_used_again(connection):
     assert answers(next_answer(connection)) == [(200, {})]
 
 
+def test_blank_lines_behind_an_answer_keep_no_connection_open(app):
+    """They begin no request, so the clock of an idle connection goes on."""
+    thread = LoopThread()
+    with (
+        thread.serve(app, http=LimitedHttpProtocol, keep_alive_s=1) as url,
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection,
+    ):
+        connection.sendall(b"POST /echo HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}")
+        assert answers(next_answer(connection)) == [(200, {})]
+        connection.sendall(b"\r\n")
+        assert received(connection) == b""
+    thread.close()
+
+
 def test_many_requests_at_once_are_answered_in_order(connection):
     """Ten thousand on one connection."""
     one = b"POST /echo HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}"

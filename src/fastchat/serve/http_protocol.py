@@ -94,6 +94,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         number, was_in_head = self._num_messages, self._is_in_head
         super().data_received(data)
+        self._await_next_message()
         if self._is_over or not (was_in_head and self._is_in_head) or self._num_messages != number:
             return
         self._num_head_bytes += len(data)
@@ -170,6 +171,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif num_unread:
             self._unread_timer = self.loop.call_later(self.unread_limit_s, self._await_reader, num_unread)
+
+    def _await_next_message(self) -> None:
+        """uvicorn takes any bytes behind an answer for the next request; blank lines, which a server skips (RFC 9112
+        2.2), begin none, and a connection without a clock stays open for ever.
+        """
+        is_idle = self.cycle is not None and self.cycle.response_complete and not self._is_in_message
+        if is_idle and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _tell_who_answers(self) -> None:
         """uvicorn tells only the last request that its client has left, not the one before it that is answered."""
