@@ -41,3 +41,22 @@ def test_a_signal_ends_a_start_up_that_is_under_way(number, moment):
         assert process.wait(limit_s=60) == 0
         assert ("loading" in process.log) == ("cleaned up" in process.log)
         assert "Traceback" not in process.log
+
+
+def test_a_signal_before_the_start_up_keeps_it_from_beginning():
+    """The server has taken over the signals and loads its own parts: nobody else would hear of it."""
+    early = """
+import os, signal
+
+class AtOnce(logging.Handler):
+    def emit(self, record):
+        if "Started server process" in record.getMessage():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+logging.getLogger("uvicorn.error").addHandler(AtOnce())
+run_command("""
+    with ServerProcess([sys.executable, "-c", PROGRAM.replace("\nrun_command(", early)]) as process:
+        assert process.wait(limit_s=60) == 0
+        assert "Started server process" in process.log
+        assert "loading" not in process.log
+        assert "Traceback" not in process.log

@@ -135,6 +135,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._event_loop = asyncio.get_running_loop()
+        if self.should_exit:  # the signal came before there was anything to cancel
+            self._start_up.cancel()
         try:
             await super().startup(sockets=sockets)
         except OSError as error:
