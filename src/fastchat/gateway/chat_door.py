@@ -5,21 +5,23 @@ What such a part asks for goes the way of every request: same choice of a worker
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
 
 from fastchat.api.http_edge import bearer_key
-from fastchat.errors import FastChatError, ModelNotFoundError, UnavailableError
+from fastchat.errors import ModelNotFoundError, UnavailableError
 from fastchat.gateway.admission import admit_chat
 from fastchat.gateway.answers import BAD_ANSWER, RelayedStream, WholeAnswer
 from fastchat.gateway.live_table import LiveTable
+from fastchat.gateway.observed_request import ObservedRequest
 from fastchat.gateway.relay import Relay, Sender
+from fastchat.ops.access_log import CLIENT_LEFT_STATUS
 from fastchat.ops.keys import ApiKeys
-from fastchat.ops.metrics import GatewayMetrics, RequestRelayed
+from fastchat.ops.metrics import GatewayMetrics
 
 _USER_AGENT = "fastchat"
 
@@ -62,14 +64,18 @@ class ChatDoor:
         Raises `FastChatError` where no worker can answer. A worker's refusal is an event with an `error`.
         """
         request = admit_chat(document)
-        observed = _Observed("" if is_secret else request.model, self._metrics, self._table)
+        observed = ObservedRequest(request.path, self._metrics, self._table, model="" if is_secret else request.model)
         sender = Sender(request_id=secrets.token_hex(16), tenant=tenant, user_agent=_USER_AGENT)
         try:
             answer = await self._relay.ask(request, sender, "chat")
-        except FastChatError:
-            observed.finish(503)
+        except asyncio.CancelledError:
+            observed.finish(CLIENT_LEFT_STATUS)  # who asked this process has left it
+            raise
+        except BaseException as error:
+            observed.fail(error)
             raise
         if isinstance(answer, RelayedStream):
+            observed.note_first_byte()
             answer.on_close(lambda: observed.finish(200))
             return ChatEvents(answer)
         observed.finish(answer.status)
@@ -95,18 +101,3 @@ class ChatEvents:
         """Release the worker; needs no waiting."""
         if isinstance(self._answer, RelayedStream):
             await self._answer.aclose()
-
-
-class _Observed:
-    """One request of another part as the metrics see it."""
-
-    def __init__(self, model: str, metrics: GatewayMetrics, table: LiveTable) -> None:
-        self._model = model
-        self._metrics = metrics
-        self._table = table
-        self._began = time.monotonic()
-
-    def finish(self, status: int) -> None:
-        duration_s = time.monotonic() - self._began
-        fact = RequestRelayed("/v1/chat/completions", self._model, status, duration_s)
-        self._metrics.observe_request(fact, self._table.served())

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import orjson
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from fastchat import __version__
-from fastchat.api.http_edge import (
-    ClientLeftError,
-    EventStreamResponse,
-    bearer_key,
-    error_status,
-    request_id_of,
-    run_until_disconnect,
-)
+from fastchat.api.http_edge import EventStreamResponse, bearer_key, request_id_of, run_until_disconnect
 from fastchat.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -37,11 +28,11 @@ from fastchat.gateway.live_table import LiveTable
 from fastchat.gateway.model_control import ModelControl
 from fastchat.gateway.model_list import model_card, model_list
 from fastchat.gateway.mounted import Endpoint, MountedRoutes
+from fastchat.gateway.observed_request import ObservedRequest
 from fastchat.gateway.openapi import Operation, openapi_document
 from fastchat.gateway.relay import Relay, Sender
-from fastchat.ops.access_log import CLIENT_LEFT_STATUS
 from fastchat.ops.keys import ApiKeys
-from fastchat.ops.metrics import METRICS_CONTENT_TYPE, GatewayMetrics, RequestRelayed
+from fastchat.ops.metrics import METRICS_CONTENT_TYPE, GatewayMetrics
 
 OPEN_PATHS = frozenset({"/livez", "/health"})
 """Reached without a key: what a supervisor asks before it has any."""
@@ -124,16 +115,16 @@ class ApiRoutes:
         """The endpoint of a route that workers answer."""
 
         async def relayed(request: Request) -> Response:
-            observed = _Observed(route.path, self.metrics, self._table)
+            observed = ObservedRequest(route.path, self.metrics, self._table)
             try:
                 return await self._relay(request, route, observed)
             except BaseException as error:
-                observed.finish(_status_of(error))
+                observed.fail(error)
                 raise
 
         return relayed
 
-    async def _relay(self, request: Request, route: RelayedRoute, observed: _Observed) -> Response:
+    async def _relay(self, request: Request, route: RelayedRoute, observed: ObservedRequest) -> Response:
         admitted = await admit(
             request, route.worker_path, default_model=self._only_model() if route.may_omit_model else None
         )
@@ -200,35 +191,6 @@ class ApiRoutes:
 
 
 _STREAMED = (ChatCompletionRequest, CompletionRequest)
-
-
-class _Observed:
-    """One relayed request as the metrics see it."""
-
-    def __init__(self, route: str, metrics: GatewayMetrics, table: LiveTable) -> None:
-        self.model = ""
-        self._route = route
-        self._metrics = metrics
-        self._table = table
-        self._began = time.monotonic()
-        self._first_byte_s: float | None = None
-
-    def note_first_byte(self) -> None:
-        self._first_byte_s = time.monotonic() - self._began
-
-    def finish(self, status: int) -> None:
-        fact = RequestRelayed(
-            self._route, self.model, status, time.monotonic() - self._began, time_to_first_byte_s=self._first_byte_s
-        )
-        self._metrics.observe_request(fact, self._table.served())
-
-
-def _status_of(error: BaseException) -> int:
-    if isinstance(error, FastChatError):
-        return error_status(error)
-    if isinstance(error, HTTPException):
-        return error.status_code
-    return CLIENT_LEFT_STATUS if isinstance(error, ClientLeftError | ClientDisconnect) else 500
 
 
 def _json(document: object) -> Response:
