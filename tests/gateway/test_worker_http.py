@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
@@ -227,6 +228,33 @@ def test_machine_that_is_gone_without_a_word_is_noticed(new_loop):
         is_on, idle_s, pause_s, number = runner.run(run())
     assert is_on
     assert idle_s + number * pause_s <= 30
+
+
+def test_name_that_nobody_resolves_holds_up_nothing_else(monkeypatch):
+    """Neither other work in threads, such as reading a large body, nor a worker that is named by its address."""
+    look_up, is_over = socket.getaddrinfo, threading.Event()
+
+    def silent(host, *rest, flags=0, **named):
+        if host == "silent.example" and not flags & socket.AI_NUMERICHOST:
+            is_over.wait(60)
+        return look_up(host, *rest, flags=flags, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+
+    async def run():
+        async with asked(ScriptedServer(WHOLE), connect_timeout_s=0.5) as (http, address):
+            asking = [http.ask("http://silent.example:1", "/x", {}) for _ in range(2 * MAX_CONNECTING)]
+            failing = asyncio.gather(*asking, return_exceptions=True)
+            await asyncio.sleep(0)
+            try:
+                async with asyncio.timeout(30):
+                    assert await asyncio.to_thread(int) == 0
+                    assert await text_of(await http.ask(address, "/x", {})) == b"whole"
+                    assert {type(each) for each in await failing} == {ConnectError}
+            finally:
+                is_over.set()
+
+    asyncio.run(run())
 
 
 def test_nobody_listens():

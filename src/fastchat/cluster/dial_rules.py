@@ -10,10 +10,10 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 from aiohttp import abc as aiohttp_abc
-from aiohttp import resolver as aiohttp_resolver
 
 from fastchat.errors import ConfigError, InvalidRequestError, PermissionDeniedError
 
@@ -40,6 +40,7 @@ _USUAL = tuple(
 """Loopback and the networks that are nobody's on the internet (RFC 1918, 4193, 6598)."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _RESOLVE_LIMIT_S = 5.0
+_MAX_LOOKUPS = 16
 
 
 class DialRules:
@@ -76,16 +77,24 @@ class DialRules:
 
 
 class GuardedResolver(aiohttp_abc.AbstractResolver):
-    """Resolves as usual, without the addresses that are never dialled."""
+    """Resolves as usual, without the addresses that are never dialled.
+
+    Names wait in threads of its own: a name server that does not answer holds them for long, and large requests of
+    everybody would wait behind it.
+    """
 
     def __init__(self) -> None:
-        self._inner = aiohttp_resolver.ThreadedResolver()
+        self._threads = ThreadPoolExecutor(_MAX_LOOKUPS, thread_name_prefix="resolver")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[aiohttp_abc.ResolveResult]:
         """aiohttp's resolver interface."""
-        found = await self._inner.resolve(host, port, family)
+        try:
+            found = _lookup(host, port, family, socket.AI_NUMERICHOST)
+        except socket.gaierror:  # a name
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._threads, _lookup, host, port, family, socket.AI_ADDRCONFIG)
         kept = [each for each in found if not is_never_dialled(_plain(each["host"]))]
         if not kept:
             raise OSError(None, f"{host} leads to an address that is never connected to")
@@ -93,7 +102,7 @@ class GuardedResolver(aiohttp_abc.AbstractResolver):
 
     async def close(self) -> None:
         """aiohttp's resolver interface."""
-        await self._inner.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def parse_allowed_workers(text: str) -> list[str]:
@@ -108,6 +117,15 @@ def parse_allowed_workers(text: str) -> list[str]:
 def is_never_dialled(address: Address) -> bool:
     """Whether no process of ours connects to it, whoever asks."""
     return any(address in network for network in _NEVER)
+
+
+def _lookup(host: str, port: int, family: int, flags: int) -> list[aiohttp_abc.ResolveResult]:
+    return [
+        aiohttp_abc.ResolveResult(
+            hostname=host, host=str(address[0]), port=port, family=kind, proto=protocol, flags=socket.AI_NUMERICHOST
+        )
+        for kind, _, protocol, _, address in socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=flags)
+    ]
 
 
 async def _addresses(host: str) -> list[Address]:
