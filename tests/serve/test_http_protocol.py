@@ -73,6 +73,17 @@ async def stream(request):
     return EventStreamResponse(events(), write_deadline_s=0.4)
 
 
+async def halves(request):
+    """Begins its answer at once, and ends it later."""
+
+    async def events():
+        yield b"first"
+        await asyncio.sleep(0.3)
+        yield b"second"
+
+    return EventStreamResponse(events())
+
+
 async def early(request):
     return JSONResponse({"early": True})
 
@@ -81,7 +92,15 @@ async def early(request):
 def app():
     """What is served."""
     routes = [Route("/echo", echo, methods=["POST"]), Route("/slow", slow), Route("/early", early, methods=["POST"])]
-    app = Starlette(routes=[*routes, Route("/patient", patient), Route("/large", large), Route("/stream", stream)])
+    app = Starlette(
+        routes=[
+            *routes,
+            Route("/patient", patient),
+            Route("/large", large),
+            Route("/stream", stream),
+            Route("/halves", halves),
+        ]
+    )
     app.state.has_begun, app.state.has_ended = threading.Event(), threading.Event()
     install_error_handlers(app)
     return app
@@ -177,6 +196,17 @@ def test_the_answer_under_way_is_whole_when_garbage_follows(connection):
     """A Content-Length that is too short: the client learns what was wrong with its body, then the connection ends."""
     connection.sendall(b"POST /echo HTTP/1.1\r\n" + HOST + b'Content-Length: 2\r\n\r\n{"a": 1}')
     assert codes(received(connection)) == [(400, "invalid_json")]
+
+
+@pytest.mark.parametrize("behind", [b"", b"POST /echo HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}"])
+def test_the_stream_under_way_is_whole_when_garbage_follows(connection, behind):
+    """And it is the last answer."""
+    connection.sendall(b"GET /halves HTTP/1.1\r\n" + HOST + b"\r\n")
+    data = connection.recv(65536)
+    connection.sendall(behind + b"\x16\x03\x01\r\n\r\n")
+    data += received(connection)
+    assert data.endswith(b"6\r\nsecond\r\n0\r\n\r\n")
+    assert data.count(b"HTTP/1.1") == 1
 
 
 def test_headers_that_trickle_end_at_the_deadline(connection):

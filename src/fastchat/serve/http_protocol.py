@@ -207,15 +207,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Answer and end the connection. An answer that is still under way is the last one, and stays whole."""
         self._is_over = True
-        if self.cycle is not None and not self.cycle.response_complete:
-            if self.pipeline or self.cycle.response_started:
+        answered = self._answered
+        if answered is not None and not answered.response_complete:
+            if not answered.more_body:
+                answered.keep_alive = False
+                self.pipeline.clear()
+                return
+            if answered.response_started:
                 self.transport.close()
                 return
-            if not self.cycle.more_body:
-                self.cycle.keep_alive = False
-                return
-            self.cycle.disconnected = True  # its body will never be whole
-            self.cycle.message_event.set()
+            answered.disconnected = True  # its body will never be whole
+            answered.message_event.set()
         _log.info("connection refused", code=code, status=status, client=self.client[0] if self.client else None)
         body = http_error_body(message, code)
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
