@@ -153,7 +153,7 @@ class CannedWorker:
         raise DeathError
 
     async def _die(self, received, document, receive, send):
-        await _start(send)
+        await (_start(send) if document.get("stream") else _start(send, b"application/json"))
         raise DeathError
 
     async def _cut_stream(self, received, document, receive, send):

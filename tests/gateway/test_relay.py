@@ -335,6 +335,18 @@ def test_no_foreign_status_or_text_reaches_a_client(cluster, api, worker, act, s
         assert 1 <= int(headers["retry-after"]) <= 120
 
 
+@pytest.mark.parametrize(("act", "stream"), [("whole", True), ("stream", False)])
+def test_what_was_not_asked_for_reaches_no_client(cluster, api, worker, act, stream):
+    """A whole answer would be an empty stream to its reader, and events are no JSON."""
+    status, _, body = cluster.post(api, CHAT, QUESTION | {"act": act, "stream": stream})
+    assert (status, error_of(body)["code"]) == (503, "bad_worker_answer")
+
+
+def test_stream_means_nothing_where_nothing_is_streamed(cluster, api, worker):
+    asked = {"model": "tiny", "input": "a", "stream": True, "act": "whole"}
+    assert cluster.post(api, "/v1/embeddings", asked)[0] == 200
+
+
 def test_a_workers_own_error_passes_with_its_headers(cluster, api, worker):
     status, headers, body = cluster.post(api, CHAT, QUESTION | {"act": "bad_value", "stream": True})
     assert (status, headers["x-fastchat-ignored"]) == (400, "frobnicate")

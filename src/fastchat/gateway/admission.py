@@ -18,6 +18,9 @@ _BYTES_PER_TOKEN = 4
 _DEFAULT_ANSWER_TOKENS = 256
 _MAX_ANSWER_TOKENS = 1 << 20
 _MAX_MODEL_CHARACTERS = 512
+_CHAT_PATH = "/v1/chat/completions"
+_STREAMED_PATHS = frozenset({_CHAT_PATH, "/v1/completions"})
+"""Elsewhere `stream` means nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,14 @@ async def admit(request: Request, path: str, *, default_model: str | None = None
         raise InvalidRequestError("The request names no model; send `model`.", param="model", code="missing_model")
     if document.get("model") != model:
         body = orjson.dumps({**document, "model": model})
-    is_stream = document.get("stream") is True
+    is_stream = document.get("stream") is True and path in _STREAMED_PATHS
     return AdmittedRequest(path, body, model, is_stream, _num_tokens(document, len(body)))
 
 
 def admit_chat(document: dict[str, Any]) -> AdmittedRequest:  # Any: JSON
     """A streamed chat completion that this process asks for itself; `document` names its model."""
     body = orjson.dumps(document)
-    return AdmittedRequest("/v1/chat/completions", body, document["model"], True, _num_tokens(document, len(body)))
+    return AdmittedRequest(_CHAT_PATH, body, document["model"], True, _num_tokens(document, len(body)))
 
 
 def _named_model(document: dict[str, Any], in_path: str | None) -> str | None:

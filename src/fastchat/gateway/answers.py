@@ -110,7 +110,7 @@ class RelayedStream:
                 if events:
                     return events
         except BrokenStreamError as error:
-            raise _bad_answer(self._exchange.worker, self._request_id, f"broken stream: {error}") from error
+            raise bad_answer(self._exchange.worker, self._request_id, f"broken stream: {error}") from error
         return b""
 
     async def _go_on_elsewhere(self, failure: UnavailableError) -> bytes:
@@ -146,7 +146,7 @@ async def read_whole_answer(
     body = await _read_all(exchange, request_id)
     if status == 200:
         if body.lstrip()[:1] != b"{" or body.rstrip()[-1:] != b"}":
-            raise _bad_answer(exchange.worker, request_id, "an answer that is no JSON object")
+            raise bad_answer(exchange.worker, request_id, "an answer that is no JSON object")
         return WholeAnswer(200, body, passed_headers(headers))
     error = _openai_error(body)
     if status == 503:
@@ -156,7 +156,7 @@ async def read_whole_answer(
         _log.error("worker refuses the API server", worker_id=exchange.worker.worker_id, request_id=request_id)
         raise UnavailableError("The worker refused the API server; its operator must look.", code=REFUSED)
     if error is None or status not in _PASSED_ERROR_STATUSES | _AS_400:
-        raise _bad_answer(exchange.worker, request_id, f"status {status}")
+        raise bad_answer(exchange.worker, request_id, f"status {status}")
     return WholeAnswer(400 if status in _AS_400 else status, body, passed_headers(headers))
 
 
@@ -171,7 +171,7 @@ async def _read_all(exchange: Exchange, request_id: str) -> bytes:
     while chunk := await exchange.read():
         num_bytes += len(chunk)
         if num_bytes > MAX_ANSWER_BYTES:
-            raise _bad_answer(exchange.worker, request_id, f"more than {MAX_ANSWER_BYTES} bytes")
+            raise bad_answer(exchange.worker, request_id, f"more than {MAX_ANSWER_BYTES} bytes")
         chunks.append(chunk)
     return b"".join(chunks)
 
@@ -201,6 +201,7 @@ def _shut_down() -> UnavailableError:
     return UnavailableError("The worker is shutting down and ended this answer early; try again.", code=SHUTTING_DOWN)
 
 
-def _bad_answer(worker: WorkerEntry, request_id: str, what: str) -> UnavailableError:
+def bad_answer(worker: WorkerEntry, request_id: str, what: str) -> UnavailableError:
+    """The error of an answer that no client should see; `what` is for the log."""
     _log.error("worker sent a bad answer", worker_id=worker.worker_id, request_id=request_id, what=what)
     return UnavailableError("The worker's answer was incomplete or malformed; try again.", code=BAD_ANSWER)

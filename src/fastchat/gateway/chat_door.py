@@ -13,9 +13,9 @@ from typing import Any
 from starlette.requests import Request
 
 from fastchat.api.http_edge import bearer_key
-from fastchat.errors import ModelNotFoundError, UnavailableError
+from fastchat.errors import ModelNotFoundError
 from fastchat.gateway.admission import admit_chat
-from fastchat.gateway.answers import BAD_ANSWER, RelayedStream, WholeAnswer
+from fastchat.gateway.answers import RelayedStream, WholeAnswer
 from fastchat.gateway.live_table import LiveTable
 from fastchat.gateway.observed_request import ObservedRequest
 from fastchat.gateway.relay import Relay, Sender
@@ -79,8 +79,6 @@ class ChatDoor:
             answer.on_close(lambda: observed.finish(200))
             return ChatEvents(answer)
         observed.finish(answer.status)
-        if answer.status == 200:
-            raise UnavailableError("The worker did not stream its answer; try again.", code=BAD_ANSWER)
         return ChatEvents(answer)
 
 

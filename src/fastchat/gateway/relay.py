@@ -30,7 +30,14 @@ from fastchat.cluster.contract import (
 from fastchat.cluster.dispatch import Capability, Dispatcher
 from fastchat.errors import FastChatError, UnavailableError
 from fastchat.gateway.admission import AdmittedRequest
-from fastchat.gateway.answers import BAD_ANSWER, RelayedStream, WholeAnswer, passed_headers, read_whole_answer
+from fastchat.gateway.answers import (
+    BAD_ANSWER,
+    RelayedStream,
+    WholeAnswer,
+    bad_answer,
+    passed_headers,
+    read_whole_answer,
+)
 from fastchat.gateway.exchange import LOST, Exchange, Exchanges
 from fastchat.gateway.live_table import LiveTable
 from fastchat.gateway.resumption import resume_body
@@ -155,7 +162,11 @@ class Relay:
         exchange: Exchange = resources.enter_context(self._exchanges.open(worker))
         request, request_id = asked.request, asked.sender.request_id
         response = await exchange.start(self._http, request.path, self._headers(worker, asked), request.body)
-        if response.status != 200 or response.content_type != "text/event-stream":
+        is_stream = response.content_type == "text/event-stream"
+        if response.status == 200 and is_stream != request.is_stream:
+            what = "a stream that nobody asked for" if is_stream else "no stream"
+            raise bad_answer(worker, request_id, what)
+        if response.status != 200 or not is_stream:
             return await read_whole_answer(exchange, response.status, response.headers, request_id)
         stream = RelayedStream(exchange, request_id, passed_headers(response.headers))
         await stream.wait_for_first_events()
