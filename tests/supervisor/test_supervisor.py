@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+import structlog
 
 from fastchat.supervisor.child_process import ChildProcess
 from fastchat.supervisor.policy import RestartLimits
@@ -105,6 +106,25 @@ def test_killed_process_is_started_again():
             assert await at_work.outcome() == Outcome(0)
 
     run(scenario())
+
+
+def test_what_runs_goes_on_although_it_cannot_be_announced():
+    """Whatever went wrong in telling it, nobody who is served must lose a model for it."""
+
+    def told():
+        return [line for line in lines if "could not be announced" in line["event"]]
+
+    async def scenario():
+        async with Run(spec("worker a", SERVES)) as at_work:
+            at_work.ready.set_result(None)  # so that telling it again fails
+            while not told() and not at_work.task.done():
+                await asyncio.sleep(0.01)
+            assert psutil.Process(await at_work.child()).is_running()
+            at_work.supervisor.stop()
+            assert await at_work.outcome() == Outcome(0)
+
+    with structlog.testing.capture_logs() as lines:
+        run(scenario())
 
 
 def test_worker_that_flaps_is_given_up_and_the_rest_goes_on():

@@ -140,8 +140,10 @@ async def _supervise(
         api_url = internal_url(arguments.host, ports.api, tls=arguments.ssl)
         await wait_until_ready(api_url, sum(spec.is_worker and set(spec.model_names) <= set(names) for spec in specs))
         needs_key = bool(arguments.api_keys) or has_keys(read_environment().state_dir / STORE_FILE_NAME)
-        sys.stdout.write(ready_block(api_url, names, has_keys=needs_key, page_url=_page_url(arguments, ports)))
-        sys.stdout.flush()
+        block = ready_block(api_url, names, has_keys=needs_key, page_url=_page_url(arguments, ports))
+        with suppress(OSError, AttributeError):  # nobody reads it any more, or it was closed: then it is None
+            sys.stdout.write(block)
+            sys.stdout.flush()
         tell_service_manager(READY)
         watcher = TableWatcher(controller_address=_internal(ports.controller), token=token)
         workers = [spec.name for spec in specs if spec.is_worker]

@@ -221,7 +221,10 @@ class Supervisor:
         for place in self._places:
             await place.settled.wait()
         names = [name for place in self._places if not place.is_given_up for name in place.spec.model_names]
-        await self._on_ready(names)
+        try:
+            await self._on_ready(names)
+        except Exception:  # noqa: BLE001 - no reason to end what serves
+            _log.exception("everything runs, but that could not be announced")
 
     def _end(self, outcome: Outcome) -> None:
         if not self._ending.is_set():
