@@ -107,7 +107,7 @@ def test_an_open_door_is_said_loudly_and_keys_are_never_logged(tmp_path):
         (("--allowed-origins", "*"), "is not a JSON list"),
         (("--api-keys", "a,,b"), "separated by single commas"),
         (("--ssl",), "SSL_KEYFILE"),
-        (("--controller-address", "localhost:21001"), "write it like http://127.0.0.1:21001"),
+        (("--controller-address", "localhost:21001"), "write it like http://localhost:21001"),
     ],
 )
 def test_a_flag_that_cannot_be_obeyed_ends_it_in_one_line(tmp_path, flags, hint):
