@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -134,6 +135,25 @@ def test_markers_typed_as_text_never_become_special_ids(family: str) -> None:
         for token_ids in (tokenizer.encode_piece(text), tokenizer.encode_following(text)):
             assert special.isdisjoint(token_ids)
             assert tokenizer.decode(token_ids) == text
+
+
+@pytest.mark.parametrize("family", ["chatglm3", "llama"])
+def test_a_long_text_is_tokenized_beside_other_threads(family: str) -> None:
+    """The interpreter is free meanwhile: streams go on. The best of some tries, for a machine with other work."""
+    tokenizer = tokenizer_of(family)
+    text = "".join(SENTENCES) * 300
+    shares = []
+    for encode in (tokenizer.encode_piece, tokenizer.encode_rendered) * 4:
+        thread = threading.Thread(target=encode, args=(text,))
+        longest_s, began_at = 0.0, time.perf_counter()
+        last = began_at
+        thread.start()
+        while thread.is_alive():
+            time.sleep(0.001)
+            longest_s, last = max(longest_s, time.perf_counter() - last), time.perf_counter()
+        shares.append(longest_s / (last - began_at))
+    assert min(shares[::2]) < 0.5
+    assert min(shares[1::2]) < 0.5
 
 
 @pytest.mark.parametrize("family", ["chatglm3", "llama"])

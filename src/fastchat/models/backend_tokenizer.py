@@ -83,7 +83,7 @@ class BackendTokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         check_encodable(text)
-        return list(self._template_tokenizer.encode(text, add_special_tokens=False).ids)
+        return _ids_of(self._template_tokenizer, text)
 
     def prefix_ids(self) -> list[int]:
         return list(self._prefix)
@@ -98,7 +98,7 @@ class BackendTokenizer:
         return self._table.bytes_of(token_id)
 
     def _encode_text(self, text: str) -> list[int]:
-        return list(self._text_tokenizer.encode(text, add_special_tokens=False).ids)
+        return _ids_of(self._text_tokenizer, text)
 
     def _find_prefix(self, bos_rule: tuple[str, bool] | None) -> list[int]:
         """The special ids that the post-processor puts in front of a text. What it puts behind is for training."""
@@ -169,6 +169,11 @@ def _instance(definition: str) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _ids_of(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The ids of a text. The library's `encode` would hold the interpreter, and with it every stream, for seconds."""
+    return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def _make_table(
