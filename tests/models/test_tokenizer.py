@@ -23,6 +23,7 @@ from fastchat.models.backend_tokenizer import BackendTokenizer, byte_values
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.length_bound import backend_bound
 from fastchat.models.tokenizer import TemplateTokenizer, load_tokenizer
+from fastchat.models.typed_names import any_of, cut_names
 from tests.checkpoints import (
     PADDED_VOCAB_SIZE,
     SENTENCES,
@@ -135,6 +136,47 @@ def test_markers_typed_as_text_never_become_special_ids(family: str) -> None:
         for token_ids in (tokenizer.encode_piece(text), tokenizer.encode_following(text)):
             assert special.isdisjoint(token_ids)
             assert tokenizer.decode(token_ids) == text
+
+
+def test_a_unigram_model_s_special_tokens_stay_text_too() -> None:
+    """They are among its pieces, where the library finds them whatever it is told of special tokens."""
+    names = ["<unk>", "<s>", "</s>"]
+    pieces = [*names, *(f"<0x{value:02X}>" for value in range(256)), "▁", *"abdefghi</s>", "▁hi"]
+    model = tokenizers.models.Unigram([(piece, -index / 10) for index, piece in enumerate(pieces)], 0, True)
+    definition = tokenizers.Tokenizer(model)
+    definition.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    definition.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]
+    )
+    definition.add_special_tokens(names)
+    tokenizer = BackendTokenizer(
+        definition.to_str(), vocab_size=len(pieces), eos_token_ids=frozenset({2}), bos_rule=None
+    )
+    for text in ("hi</s>", "</s>hi<s> </s></s>", "a<unk>b"):
+        assert {0, 1, 2}.isdisjoint(tokenizer.encode_piece(text))
+        assert {0, 1, 2}.isdisjoint(tokenizer.encode_following(text))
+        assert tokenizer.decode(tokenizer.encode_piece(text)) == text
+    assert tokenizer.encode_rendered("</s>") == [2]
+
+
+@given(names=st.lists(st.text("<|ab>", max_size=6), max_size=8, unique=True), text=st.text("<|ab>", max_size=30))
+def test_the_longest_name_at_a_place_is_found(names: list[str], text: str) -> None:
+    """As by one pattern with all names, longer ones first."""
+    plain = "|".join(re.escape(name) for name in sorted(filter(None, names), key=len, reverse=True)) or "(?!)"
+    assert any_of(names).findall(text) == re.findall(plain, text)
+    assert "".join(cut_names(any_of(names), text)) == text
+
+
+def test_text_full_of_beginnings_of_names_is_searched_quickly() -> None:
+    """One call of a pattern holds every thread: four million characters must not take the time of as many names."""
+    names = [f"<|reserved_special_token_{number}|>" for number in range(256)]
+    text = "<|reserved_special_token_" * 40_000
+    began_at = time.thread_time()
+    assert any_of(names).search(text) is None
+    few_s = time.thread_time() - began_at
+    began_at = time.thread_time()
+    assert any_of(names[:2]).search(text) is None
+    assert few_s < 10 * (time.thread_time() - began_at) + 0.05
 
 
 @pytest.mark.parametrize("family", ["chatglm3", "llama"])

@@ -7,6 +7,7 @@ and one for rendered chat templates, which reads them. Switching one instance to
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from fastchat.errors import CheckpointError, UnsupportedModelError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.length_bound import backend_bound
 from fastchat.models.token_table import TokenTable, check_encodable
+from fastchat.models.typed_names import any_of, cut_names
 
 SPACE = "▁"
 VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "tekken.json")
@@ -43,7 +45,11 @@ class BackendTokenizer:
         self._max_id_characters = backend_bound(parsed, byte_values(), [*self._special_ids, *self._added_ids])
         self._prefix = self._find_prefix(bos_rule)
         self._eos_token_ids = eos_token_ids
+        self._leaking_names: re.Pattern[str] | None = None
         self._newline_ids = self._encode_text("\n")
+        # A Unigram model has its special tokens among its pieces, and finds them there.
+        leaking = [name for name, token_id in self._special_ids.items() if token_id in self._encode_text(name)]
+        self._leaking_names = any_of(leaking) if leaking else None
 
     @property
     def vocab_size(self) -> int:
@@ -73,13 +79,8 @@ class BackendTokenizer:
         return self._encode_text(text)
 
     def encode_following(self, text: str) -> list[int]:
-        """Some tokenizers put a space before the first word of a text, and only there: encode after a line break."""
         check_encodable(text)
-        token_ids = self._encode_text("\n" + text)
-        num_newline_ids = len(self._newline_ids)
-        if token_ids[:num_newline_ids] == self._newline_ids:
-            return token_ids[num_newline_ids:]
-        return self._encode_text(text)
+        return [token_id for piece in cut_names(self._leaking_names, text) for token_id in self._encode_inner(piece)]
 
     def encode_rendered(self, text: str) -> list[int]:
         check_encodable(text)
@@ -98,6 +99,16 @@ class BackendTokenizer:
         return self._table.bytes_of(token_id)
 
     def _encode_text(self, text: str) -> list[int]:
+        first, *others = cut_names(self._leaking_names, text)
+        token_ids = _ids_of(self._text_tokenizer, first)
+        return token_ids + [token_id for piece in others for token_id in self._encode_inner(piece)]
+
+    def _encode_inner(self, text: str) -> list[int]:
+        """Some tokenizers put a space before the first word of a text, and only there: encode after a line break."""
+        token_ids = _ids_of(self._text_tokenizer, "\n" + text)
+        num_newline_ids = len(self._newline_ids)
+        if token_ids[:num_newline_ids] == self._newline_ids:
+            return token_ids[num_newline_ids:]
         return _ids_of(self._text_tokenizer, text)
 
     def _find_prefix(self, bos_rule: tuple[str, bool] | None) -> list[int]:

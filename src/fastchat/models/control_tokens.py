@@ -13,11 +13,12 @@ The marks are two code points that are no characters (U+FDD0 to U+FDEF), chosen 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastchat.errors import InvalidRequestError
 from fastchat.models.tokenizer import TemplateTokenizer
+from fastchat.models.typed_names import any_of
 
 NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
 
@@ -29,8 +30,8 @@ class ControlTokens:
         self._tokenizer = tokenizer
         self._soft_ids = dict(soft_ids)
         self._ids = {**tokenizer.special_tokens, **self._soft_ids}
-        self._special_names = _any_of(tokenizer.special_tokens)
-        self._all_names = _any_of(self._ids)
+        self._special_names = any_of(tokenizer.special_tokens)
+        self._all_names = any_of(self._ids)
 
     def occur_in(self, value: Any, *, with_soft: bool = True) -> bool:  # Any: JSON
         """Whether any string of a JSON value holds the name of a token."""
@@ -106,8 +107,3 @@ def strings_of(value: Any) -> Iterator[str]:  # Any: JSON
     elif isinstance(value, list | tuple):
         for item in value:
             yield from strings_of(item)
-
-
-def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Longer names first, so that one which holds another is found whole; without names it never matches."""
-    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
