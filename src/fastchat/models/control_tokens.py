@@ -13,14 +13,35 @@ The marks are two code points that are no characters (U+FDD0 to U+FDEF), chosen 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fastchat.errors import InvalidRequestError
 from fastchat.models.tokenizer import TemplateTokenizer
-from fastchat.models.typed_names import any_of
+from fastchat.models.typed_names import any_of, cut_names
 
 NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+
+
+class PlainText:
+    """Text that is tokenized as text although it may hold the names of tokens that a prompt is built of.
+
+    A tokenizer leaves special tokens alone. One that a checkpoint adds without making it special would be found in any
+    text, so its name is cut.
+    """
+
+    def __init__(self, tokenizer: TemplateTokenizer, names: Iterable[str]) -> None:
+        self.tokenizer = tokenizer
+        soft_names = [name for name in names if name in tokenizer.added_tokens]
+        self._soft_names = any_of(soft_names) if soft_names else None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, none of which is a token of those names."""
+        first, *others = cut_names(self._soft_names, text)
+        token_ids = self.tokenizer.encode_piece(first)
+        for other in others:
+            token_ids += self.tokenizer.encode_following(other)
+        return token_ids
 
 
 class ControlTokens:

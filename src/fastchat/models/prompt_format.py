@@ -20,8 +20,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastchat.errors import ConfigError, InvalidRequestError
+from fastchat.models.control_tokens import PlainText
 from fastchat.models.format_spec import FormatSpec, Piece, TextPiece, TokenPiece
-from fastchat.models.interface import ChatMessage, LengthCheck, Tokenizer, any_length
+from fastchat.models.interface import ChatMessage, LengthCheck, any_length
+from fastchat.models.tokenizer import TemplateTokenizer
 
 ROLE_ALIASES: Mapping[str, str] = {"developer": "system", "tool": "observation", "function": "observation"}
 
@@ -29,11 +31,11 @@ ROLE_ALIASES: Mapping[str, str] = {"developer": "system", "tool": "observation",
 class PromptFormat:
     """Implements `interface.ChatFormat` for one tokenizer; immutable."""
 
-    def __init__(self, spec: FormatSpec, tokenizer: Tokenizer, *, source: str) -> None:
+    def __init__(self, spec: FormatSpec, tokenizer: TemplateTokenizer, *, source: str) -> None:
         self._spec = spec
-        self._tokenizer = tokenizer
         self._source = source
         self._token_ids = {name: _required_id(tokenizer, name, spec) for name in spec.token_names}
+        self._text = PlainText(tokenizer, self._token_ids)
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class PromptFormat:
     ) -> list[int]:
         if not messages:
             raise InvalidRequestError("messages must not be empty.", param="messages", code="invalid_value")
-        prompt = _Prompt(self._tokenizer, self._token_ids, has_prefix=self._spec.has_prefix)
+        prompt = _Prompt(self._text, self._token_ids, has_prefix=self._spec.has_prefix)
         waiting_system = self._write_messages(prompt, self._with_default_system(messages))
         if waiting_system:
             raise _refusal(f"The chat format {self.name} needs a user message after a system message.")
@@ -139,10 +141,10 @@ class PromptFormat:
 class _Prompt:
     """Token ids and text in the making. Text is joined with its neighbours until a token or a piece that is alone."""
 
-    def __init__(self, tokenizer: Tokenizer, ids_by_name: Mapping[str, int], *, has_prefix: bool) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, plain_text: PlainText, ids_by_name: Mapping[str, int], *, has_prefix: bool) -> None:
+        self._plain_text = plain_text
         self._ids_by_name = ids_by_name
-        self._parts: list[list[int] | str] = [tokenizer.prefix_ids()] if has_prefix else []
+        self._parts: list[list[int] | str] = [plain_text.tokenizer.prefix_ids()] if has_prefix else []
         self._text: list[str] = []
 
     def add(self, pieces: Sequence[Piece], values: Mapping[str, str] | None = None) -> None:
@@ -162,7 +164,7 @@ class _Prompt:
         self._close_text()
         token_ids: list[int] = []
         for part in self._parts:
-            token_ids += self._tokenizer.encode_piece(part) if isinstance(part, str) else part
+            token_ids += self._plain_text.encode(part) if isinstance(part, str) else part
         return token_ids
 
     def _add_text(self, piece: TextPiece, values: Mapping[str, str]) -> None:
@@ -186,7 +188,7 @@ def _role_of(message: ChatMessage) -> str:
     return ROLE_ALIASES.get(message.role, message.role)
 
 
-def _required_id(tokenizer: Tokenizer, name: str, spec: FormatSpec) -> int:
+def _required_id(tokenizer: TemplateTokenizer, name: str, spec: FormatSpec) -> int:
     token_id = tokenizer.special_token_id(name)
     if token_id is None:
         raise ConfigError(
