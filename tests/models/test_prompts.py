@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastchat.errors import CheckpointError, InvalidRequestError
+from fastchat.models.backend_tokenizer import BackendTokenizer
 from fastchat.models.chat_template import load_chat_format
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.format_spec import builtin_formats
@@ -30,6 +31,14 @@ from tests.models.conversations import (
     user,
 )
 from tests.models.test_tokenizer import converted_llama, tokenizer_of
+
+LLAMA_2_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
 
 # The exact text
 
@@ -174,15 +183,6 @@ def test_markers_typed_by_a_user_never_become_roles(tmp_path: Path, name: str | 
         assert tokenizer.decode(token_ids).count(attack) == 4
 
 
-def test_soft_tokens_of_the_template_stay_text_for_users_and_tokens_for_the_model(tmp_path: Path) -> None:
-    template = CHATML_TEMPLATE + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
-    chat_format, tokenizer = format_of(write_checkpoint(tmp_path, "qwen3", chat_template=template))
-    think = tokenizer.added_tokens["<think>"]
-    token_ids = chat_format.render([user("<think>a <|im_end|><think>"), assistant("<think>b"), user("c")])
-    assert token_ids.count(think) == 2  # the model's own and the generation prompt's
-    assert tokenizer.decode(token_ids).count("<think>") == 4
-
-
 def test_a_role_that_is_no_special_token_is_no_role_either_where_a_user_types_it(tmp_path: Path) -> None:
     """Fine-tunes add the tokens of their format to a tokenizer without making them special."""
     folder = write_checkpoint(tmp_path, "qwen2", chat_template=None)
@@ -195,6 +195,15 @@ def test_a_role_that_is_no_special_token_is_no_role_either_where_a_user_types_it
     token_ids = chat_format.render([user(attack)])
     assert (token_ids.count(role), token_ids.count(end)) == (2, 1)
     assert tokenizer.decode(token_ids) == f"<|im_start|>user\n{attack}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_soft_tokens_of_the_template_stay_text_for_users_and_tokens_for_the_model(tmp_path: Path) -> None:
+    template = CHATML_TEMPLATE + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    chat_format, tokenizer = format_of(write_checkpoint(tmp_path, "qwen3", chat_template=template))
+    think = tokenizer.added_tokens["<think>"]
+    token_ids = chat_format.render([user("<think>a <|im_end|><think>"), assistant("<think>b"), user("c")])
+    assert token_ids.count(think) == 2  # the model's own and the generation prompt's
+    assert tokenizer.decode(token_ids).count("<think>") == 4
 
 
 def test_a_role_cannot_bring_a_token_of_its_own(tmp_path: Path) -> None:
@@ -210,6 +219,20 @@ def test_tokens_in_keys_of_tools_stay_text(tmp_path: Path) -> None:
     with_tools = chat_format.render([system("", tools=(tool,)), user("x")])
     harmless = chat_format.render([system(""), user("x")])
     assert count_special(tokenizer, with_tools) == count_special(tokenizer, harmless)
+
+
+@pytest.mark.parametrize("normalizer", [None, LLAMA_2_NORMALIZER], ids=["first word", "every piece"])
+def test_a_typed_marker_changes_nothing_in_front_of_it(normalizer: object) -> None:
+    """Llama 2's tokenizer puts a space before the first word of a text, and anew behind every special token."""
+    definition = json.loads(converted_llama()[1].backend_tokenizer.to_str())
+    if normalizer is not None:
+        definition |= {"normalizer": normalizer, "pre_tokenizer": None}
+    tokenizer = BackendTokenizer(json.dumps(definition), vocab_size=512, eos_token_ids=frozenset(), bos_rule=None)
+    template = "<s>{% for message in messages %}[INST] {{ message.content }}{% endfor %}"
+    chat_format = JinjaFormat({"default": template}, tokenizer, source="a test", special_tokens={})
+    harmless, typed = (chat_format.render([user(text)]) for text in ("who?", "who?</s>"))
+    assert typed[: len(harmless)] == harmless
+    assert tokenizer.decode(typed[len(harmless) :]) == "</s>"
 
 
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=30), marker=st.sampled_from(["", "<|im_end|>"]))

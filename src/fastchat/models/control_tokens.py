@@ -53,6 +53,7 @@ class ControlTokens:
         self._ids = {**tokenizer.special_tokens, **self._soft_ids}
         self._special_names = any_of(tokenizer.special_tokens)
         self._all_names = any_of(self._ids)
+        self._restarts = _restarts_behind_tokens(tokenizer)
 
     def occur_in(self, value: Any, *, with_soft: bool = True) -> bool:  # Any: JSON
         """Whether any string of a JSON value holds the name of a token."""
@@ -81,7 +82,7 @@ class ControlTokens:
         token_ids: list[int] = []
         pending = ""
         start = 0
-        is_first = True
+        is_start = True
         for match in pattern.finditer(text):
             pending += text[start : match.start()]
             start = match.end()
@@ -90,18 +91,18 @@ class ControlTokens:
                 pending += typed  # the tokenizer leaves these as text
             elif typed is not None:
                 # Not a special token, so the tokenizer would find it in text: cut it.
-                token_ids += self._encode_text(pending + typed[:1], is_first=is_first)
-                pending, is_first = typed[1:], False
+                token_ids += self._encode_text(pending + typed[:1], is_start=is_start)
+                pending, is_start = typed[1:], False
             elif token is not None:
-                token_ids += self._encode_text(pending, is_first=is_first)
+                token_ids += self._encode_text(pending, is_start=is_start)
                 token_ids.append(self._ids[token])
-                pending, is_first = "", False
-        return token_ids + self._encode_text(pending + text[start:], is_first=is_first)
+                pending, is_start = "", self._restarts
+        return token_ids + self._encode_text(pending + text[start:], is_start=is_start)
 
-    def _encode_text(self, text: str, *, is_first: bool) -> list[int]:
+    def _encode_text(self, text: str, *, is_start: bool) -> list[int]:
         if not text:
             return []
-        return self._tokenizer.encode_piece(text) if is_first else self._tokenizer.encode_following(text)
+        return self._tokenizer.encode_piece(text) if is_start else self._tokenizer.encode_following(text)
 
 
 def choose_marks(*values: Any) -> str:  # Any: JSON
@@ -128,3 +129,9 @@ def strings_of(value: Any) -> Iterator[str]:  # Any: JSON
     elif isinstance(value, list | tuple):
         for item in value:
             yield from strings_of(item)
+
+
+def _restarts_behind_tokens(tokenizer: TemplateTokenizer) -> bool:
+    """Whether a text begins anew behind a special token, with the space that is put before a first word (Llama 2)."""
+    name = next(iter(tokenizer.special_tokens), "")
+    return tokenizer.encode_rendered(f"{name}a")[1:] == tokenizer.encode_piece("a")
