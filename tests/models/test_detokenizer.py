@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastchat.models.backend_tokenizer import BackendTokenizer
 from fastchat.models.detokenizer import Detokenizer
 from tests.checkpoints import PADDED_VOCAB_SIZE
 from tests.models.test_tokenizer import converted_llama, tokenizer_of
@@ -70,6 +72,19 @@ def test_a_word_after_a_prompt_keeps_its_space_and_the_first_of_a_text_does_not(
     word = tokenizer.encode_piece("user")
     assert Detokenizer(tokenizer, tokenizer.encode("hi")).push(word) == " user"
     assert Detokenizer(tokenizer, tokenizer.prefix_ids()).push(word) == "user"
+
+
+def test_of_several_leading_spaces_one_is_dropped() -> None:
+    """Llama 2 has pieces of two spaces and more, for code."""
+    definition = json.loads(converted_llama()[1].backend_tokenizer.to_str())
+    vocabulary = definition["model"]["vocab"]
+    spaces = len(vocabulary)
+    definition["model"] |= {"vocab": {**vocabulary, "▁▁": spaces}, "merges": [["▁", "▁"]]}
+    tokenizer = BackendTokenizer(
+        json.dumps(definition), vocab_size=PADDED_VOCAB_SIZE, eos_token_ids=frozenset(), bos_rule=None
+    )
+    token_ids = [spaces, *tokenizer.encode_following("x")]
+    assert Detokenizer(tokenizer).push(token_ids) == tokenizer.decode(token_ids) == " x"
 
 
 @FAMILIES

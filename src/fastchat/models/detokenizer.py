@@ -54,8 +54,8 @@ class Detokenizer:
         if not self._is_at_start or not piece:
             return piece
         self._is_at_start = False
-        # A SentencePiece tokenizer drops the space before the first word of a text.
-        drops_space = piece.startswith(b" ") and not self._decode(token_id).startswith(" ")
+        # A SentencePiece tokenizer drops one space before the first word of a text; the piece may have more.
+        drops_space = piece.startswith(b" ") and len(self._decode(token_id)) < len(piece.decode(errors="replace"))
         return piece[1:] if drops_space else piece
 
     def _plain_bytes_of(self, token_id: int) -> bytes:
