@@ -121,6 +121,20 @@ def test_echo_without_an_answer_scores_the_prompt():
     assert choice["logprobs"]["tokens"] == ["a", "b"]
 
 
+@pytest.mark.parametrize(("script", "text"), [([259, EOS], "a你x"), ([EOS], "a\ufffd")])
+def test_echo_and_answer_are_the_text_of_all_ids(script, text):
+    """Also where the prompt's ids end within a character, which the answer may complete."""
+    document = {"prompt": [*b"a", 258], "echo": True, "logprobs": 0}
+
+    async def run():
+        models = served(ScriptedEngine(lambda _: script))
+        return await whole(models, document), await events(models, document)
+
+    full, raw = asyncio.run(run())
+    assert full["choices"][0]["text"] == joined(raw)[0] == text
+    assert full["choices"][0]["logprobs"]["text_offset"] == [0, 1, *[1, 3][: len(script)]]
+
+
 @pytest.mark.parametrize("document", [CHAT, {"prompt": "x"}], ids=["chat", "completion"])
 @pytest.mark.parametrize("script", [[EOS], [258]], ids=["nothing", "half a character"])
 def test_an_answer_without_text_has_its_ending(document, script):

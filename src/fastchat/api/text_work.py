@@ -12,8 +12,9 @@ from fastchat.api.parameters import Ignored, parse_body
 from fastchat.api.protocol import Message
 from fastchat.api.served_model import ServedModel
 from fastchat.errors import ContextLengthError, InvalidRequestError
-from fastchat.models.interface import ChatMessage, LengthCheck, any_length
+from fastchat.models.detokenizer import Detokenizer
 
+from fastchat.models.interface import ChatMessage, LengthCheck, any_length
 Prompt = str | tuple[int, ...]
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -36,10 +37,10 @@ async def prompts_ids(model: ServedModel, prompts: Sequence[Prompt], *, param: s
 
 
 async def prompts_texts(model: ServedModel, prompts: Sequence[Prompt]) -> list[str]:
-    """The texts of all prompts of a request."""
+    """The texts of all prompts of a request; a character that ids begin and do not end comes with the answer."""
 
     def text(prompt: Prompt) -> str:
-        return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+        return prompt if isinstance(prompt, str) else Detokenizer(model.tokenizer).push(prompt)
 
     return await off_the_loop(lambda: [text(prompt) for prompt in prompts], size=sum(map(len, prompts)))
 
