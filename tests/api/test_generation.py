@@ -1,6 +1,7 @@
 """A request among others: its limits, its seeds, its end, and what it cost."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -9,6 +10,7 @@ from fastchat.errors import ContextLengthError, EngineError, InvalidRequestError
 from tests.api.scripted import (
     EOS,
     ByteTokenizer,
+    LineFormat,
     ScriptedEngine,
     answer,
     served,
@@ -47,6 +49,34 @@ class CountingTokenizer(ByteTokenizer):
     def encode(self, text):
         self.num_asked += 1
         return super().encode(text)
+
+
+class NotingFormat(LineFormat):
+    """On which thread it was asked."""
+
+    threads: tuple[threading.Thread, ...] = ()
+
+    def render(self, messages, **options):
+        self.threads += (threading.current_thread(),)
+        return super().render(messages[:1], **options)
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_large"),
+    [
+        ([{"role": "user", "content": "hi"}] * 3, False),
+        ([{"role": "user", "content": ""}] * 1000, True),
+        ([{"role": "user", "content": "", "metadata": "x" * 500}] * 5, True),
+        ([{"role": "user", "content": "", "name": "x" * 500}] * 5, True),
+        ([{"role": "system", "content": "", "tools": [{"name": "x"}]}], True),
+    ],
+    ids=["small", "many", "metadata", "names", "tools"],
+)
+def test_what_is_large_is_rendered_beside_the_streams(messages, is_large):
+    """Whatever makes a conversation large: tools of a megabyte would hold up every stream otherwise."""
+    chat_format = NotingFormat()
+    asyncio.run(answer(served(ScriptedEngine(lambda _: [EOS]), chat_format=chat_format), {"messages": messages}))
+    assert [thread is not threading.main_thread() for thread in chat_format.threads] == [is_large]
 
 
 @pytest.mark.parametrize(("num_characters", "num_asked"), [(10_000_000, 0), (801, 0), (800, 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,8 +14,8 @@ from fastchat.api.protocol import Message
 from fastchat.api.served_model import ServedModel
 from fastchat.errors import ContextLengthError, InvalidRequestError
 from fastchat.models.detokenizer import Detokenizer
-
 from fastchat.models.interface import ChatMessage, LengthCheck, any_length
+
 Prompt = str | tuple[int, ...]
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -59,7 +60,7 @@ async def render(
     check_length: LengthCheck = any_length,
 ) -> tuple[int, ...]:
     """Prompt ids of a conversation. Raises `InvalidRequestError`, and what `check_length` raises before tokenizing."""
-    size = sum(len(message.content) for message in messages)
+    size = sum(map(_size, messages))
     render_messages = model.chat_format.render
 
     def work() -> list[int]:
@@ -115,8 +116,17 @@ def unread_fields(model: ServedModel, messages: Sequence[ChatMessage]) -> list[s
     return [f"messages.{name}" for name in dict.fromkeys(sent) if name not in model.chat_format.message_fields]
 
 
+_MARKS_SIZE = 16
+"""What stands around a message in a prompt, in characters."""
 _ROLES = {"developer": "system", "function": "tool"}
 _TEMPLATE_FIELDS = ("name", "tool_call_id")
+
+
+def _size(message: ChatMessage) -> int:
+    """About what a message costs to render, in characters. Tools are large without a look at what they hold."""
+    if message.tools:
+        return sys.maxsize
+    return _MARKS_SIZE + len(message.content) + len(message.metadata) + sum(map(len, message.fields.values()))
 
 
 def _chat_message(message: Message) -> ChatMessage:
