@@ -87,6 +87,7 @@ class ScriptedEngine(EngineClient):
         self._script = script
         self._group_size = group_size
         self._waiting: dict[str, list[int]] = {}
+        self._unscored: dict[str, tuple[TokenLogprobs, ...]] = {}
         self._failure = None
 
     async def start(self) -> None:
@@ -118,6 +119,9 @@ class ScriptedEngine(EngineClient):
         emitted = list(request.emitted_token_ids)
         assert answer[: len(emitted)] == emitted, "a resumed answer goes on where it was"
         self._waiting[request.sequence_id] = answer[len(emitted) :]
+        if request.sampling.prompt_logprobs is not None and not emitted:
+            scores = tuple(TokenLogprobs(i, -1.0) for i in request.prompt_token_ids)
+            self._unscored[request.sequence_id] = scores
         self._schedule(request)
 
     def _schedule(self, request: SequenceRequest) -> None:
@@ -142,9 +146,7 @@ class ScriptedEngine(EngineClient):
                 logprobs=tuple(TokenLogprobs(i, -0.5, ((i, -0.5), (0, -2.0))) for i in group) if wants_logprobs else (),
                 finish_reason=reason,
                 num_cached_tokens=3,
-                prompt_logprobs=tuple(TokenLogprobs(i, -1.0) for i in request.prompt_token_ids)
-                if request.sampling.prompt_logprobs is not None
-                else (),
+                prompt_logprobs=self._unscored.pop(request.sequence_id, ()),
             )
         )
         if rest:

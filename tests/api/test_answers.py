@@ -162,6 +162,21 @@ def test_resumed_answer_continues_exactly(ids, stops, group_size, is_chat, strip
 
 def test_resume_needs_the_header():
     """Without it the field is unknown, as any other; with it every choice has its place."""
+def test_a_resumed_answer_does_not_wait_for_log_probabilities_that_were_sent():
+    """Those of the prompt went out before the cut; what is new comes as it is computed, not all at the end."""
+    document = {"prompt": "ab", "echo": True, "logprobs": 0, "max_tokens": 8}
+
+    async def run():
+        models = served(ScriptedEngine(lambda _: [*b"abcdefgh"]))
+        raw = await events(models, document, wants_tags=True)
+        lines = b"".join(line + b"\n" for event in raw[:3] for line in event.split(b"\n")[:-1])
+        resumed = orjson.loads(resume_body(orjson.dumps(document), lines))
+        return raw, await events(models, resumed, wants_tags=True, is_resume=True)
+
+    raw, rest = asyncio.run(run())
+    assert rest == raw[3:]
+
+
 
     async def run():
         models = served(ScriptedEngine(lambda _: [*b"abc", EOS]))

@@ -110,8 +110,8 @@ class Choice:
         """Whether a delta should go out: enough ids that became text, or the end."""
         if self.ending is not None:
             return not self._was_ending_told
-        if self.plan.sampling.prompt_logprobs is not None and not self.prompt_logprobs:
-            return False  # they go out first
+        if self.plan.sampling.prompt_logprobs is not None and not (self.prompt_logprobs or self.plan.is_begun):
+            return False  # they go out first, and not again where the answer goes on
         return len(self._token_ids) >= stream_interval and bool(self._texts)
 
     def take_delta(self) -> Delta:
