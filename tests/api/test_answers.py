@@ -1,6 +1,7 @@
 """Answers over a scripted engine: a stream and a whole answer say the same, in the shapes that clients expect."""
 
 import asyncio
+import math
 import re
 
 import orjson
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from fastchat.api.embeddings import prepare_embeddings
 from fastchat.api.request_context import RequestContext
-from fastchat.errors import InvalidRequestError
+from fastchat.engine.events import FinishReason, SequenceEvent
+from fastchat.errors import EngineError, InvalidRequestError
 from fastchat.gateway.resumption import resume_body
 from tests.api.scripted import (
     EMBEDDING_SIZE,
@@ -160,8 +162,6 @@ def test_resumed_answer_continues_exactly(ids, stops, group_size, is_chat, strip
     assert not set(roles) & set(tags(raw[:cut])[0])
 
 
-def test_resume_needs_the_header():
-    """Without it the field is unknown, as any other; with it every choice has its place."""
 def test_a_resumed_answer_does_not_wait_for_log_probabilities_that_were_sent():
     """Those of the prompt went out before the cut; what is new comes as it is computed, not all at the end."""
     document = {"prompt": "ab", "echo": True, "logprobs": 0, "max_tokens": 8}
@@ -177,6 +177,8 @@ def test_a_resumed_answer_does_not_wait_for_log_probabilities_that_were_sent():
     assert rest == raw[3:]
 
 
+def test_resume_needs_the_header():
+    """Without it the field is unknown, as any other; with it every choice has its place."""
 
     async def run():
         models = served(ScriptedEngine(lambda _: [*b"abc", EOS]))
@@ -286,3 +288,24 @@ def test_dimensions_are_checked_before_anything_is_computed(dimensions, is_refus
     else:
         asyncio.run(prepared)
     assert engine.requests == []
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_vector_that_is_not_of_numbers_is_our_fault(number):
+    """JSON has no word for it; a client would store nulls."""
+
+    async def run():
+        engine = ScriptedEngine(lambda _: ())
+        engine.is_paused = True
+        document = {"model": "toy", "input": "a"}
+        made = await prepare_embeddings(served(engine), document, RequestContext("r1", 1), lambda _: None)
+        answered = asyncio.get_running_loop().create_task(made.whole())
+        while not engine.requests:
+            await asyncio.sleep(0)
+        vector = (0.5, number, 0.5, 0.5)
+        sequence_id = engine.requests[0].sequence_id
+        engine.give(SequenceEvent(sequence_id, finish_reason=FinishReason.STOP, embedding=vector))
+        with pytest.raises(EngineError, match="not of numbers"):
+            await answered
+
+    asyncio.run(run())

@@ -145,8 +145,10 @@ class EmbeddingAnswer:
 
 
 def _normalised(vector: Vector) -> Vector:
-    """The same direction with length 1; a vector of zeros stays."""
+    """The same direction with length 1; a vector of zeros stays. Raises `EngineError` for what is not numbers."""
     length = math.sqrt(math.fsum(value * value for value in vector))
+    if not math.isfinite(length):
+        raise EngineError("the model gave a vector that is not of numbers")
     return tuple(value / length for value in vector) if length else vector
 
 
