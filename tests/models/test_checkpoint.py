@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fastchat.errors import CheckpointError, UnsupportedModelError
+from fastchat.models.adapter_folder import find_adapter
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.families import FAMILIES
 from fastchat.models.weight_files import find_weight_files
@@ -41,6 +43,18 @@ def test_a_name_of_the_hub_is_told_how_to_become_a_folder(tmp_path: Path, monkey
     name = Path("THUDM/chatglm2-6b")
     assert "hf download THUDM/chatglm2-6b" in message_of(lambda: Checkpoint.open(name))
     assert "hf download" not in message_of(lambda: Checkpoint.open(tmp_path / "THUDM"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that cannot be read even by root is Linux's")
+def test_what_the_system_does_not_let_us_read_is_named(tmp_path: Path) -> None:
+    """A folder that cannot be looked at (here for the length of its name), and a file of weights whose disk fails."""
+    long_name = tmp_path / ("x" * 300)
+    assert f"{long_name}: cannot be read (File name too long)" in message_of(lambda: Checkpoint.open(long_name))
+    assert "cannot be read" in message_of(lambda: find_adapter(long_name))
+    folder = write_checkpoint(tmp_path / "model", "llama", num_shards=1)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/proc/self/mem")
+    assert "model.safetensors: cannot be read (Input/output error)" in message_of(lambda: find_weight_files(folder))
 
 
 def test_gguf_files_are_known(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastchat.errors import CheckpointError, UnsupportedModelError
-from fastchat.models.checkpoint import read_json_file
+from fastchat.models.checkpoint import read_json_file, told_if_unreadable
 from fastchat.models.stored_tensors import read_stored_tensors
 from fastchat.models.weight_files import LAYOUTS, WeightFiles, WeightFormat, find_weight_files
 
@@ -175,8 +175,9 @@ AnyAdapter = AdapterFolder | PrefixFolder
 def find_adapter(path: Path) -> AnyAdapter | None:
     """The adapter in a folder, None where it holds none, or a whole model beside it. Raises `CheckpointError`."""
     path = Path(path).expanduser()
-    has_weights = any((path / name).is_file() for name, _ in LAYOUTS)
-    config = read_json_file(path / CONFIG_FILE)
+    with told_if_unreadable(path):
+        has_weights = any((path / name).is_file() for name, _ in LAYOUTS)
+        config = read_json_file(path / CONFIG_FILE)
     if config is not None and not has_weights:
         _check_options(path / CONFIG_FILE, config)
         return AdapterFolder(path, config)

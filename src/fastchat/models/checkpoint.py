@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,11 +43,12 @@ class Checkpoint:
     def open(cls, path: Path) -> Checkpoint:
         """Read a folder's config.json. Raises `CheckpointError` in one line that names the file and the remedy."""
         path = Path(path).expanduser()
-        if not path.is_dir():
-            raise CheckpointError(_no_folder_message(path))
-        config = read_json_file(path / "config.json")
-        if config is None:
-            raise CheckpointError(_no_config_message(path))
+        with told_if_unreadable(path):
+            if not path.is_dir():
+                raise CheckpointError(_no_folder_message(path))
+            config = read_json_file(path / "config.json")
+            if config is None:
+                raise CheckpointError(_no_config_message(path))
         try:
             family = find_family(config)
         except CheckpointError as error:
@@ -134,6 +136,18 @@ class Checkpoint:
                 "download the file again"
             )
         return value
+
+
+@contextmanager
+def told_if_unreadable(path: Path) -> Iterator[None]:
+    """Raise `CheckpointError` where the system lets this process not look at `path`, or at a file below it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path}: cannot be read ({error.strerror}); let this process's user read it, or give "
+            "another folder"
+        ) from None
 
 
 def read_json_file(file: Path) -> Mapping[str, Any] | None:  # Any: JSON as it is on disk

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastchat.errors import CheckpointError
-from fastchat.models.checkpoint import read_json_file
+from fastchat.models.checkpoint import read_json_file, told_if_unreadable
 
 WeightFormat = Literal["safetensors", "bin"]
 
@@ -65,11 +65,12 @@ class WeightFiles:
 def find_weight_files(folder: Path, layouts: Sequence[tuple[str, WeightFormat]] = LAYOUTS) -> WeightFiles:
     """The weights of a folder, each file whole. Raises `CheckpointError` naming the file and the remedy."""
     for name, weight_format in layouts:
-        if (folder / name).is_file():
-            is_index = name.endswith(".index.json")
-            shards = _indexed_shards(folder / name) if is_index else (Shard(folder / name, None),)
-            check = _check_safetensors if weight_format == "safetensors" else _check_bin
-            return WeightFiles(weight_format, tuple(check(shard) for shard in shards))
+        with told_if_unreadable(folder / name):
+            if (folder / name).is_file():
+                is_index = name.endswith(".index.json")
+                shards = _indexed_shards(folder / name) if is_index else (Shard(folder / name, None),)
+                check = _check_safetensors if weight_format == "safetensors" else _check_bin
+                return WeightFiles(weight_format, tuple(check(shard) for shard in shards))
     raise CheckpointError(
         f"{folder}: no weights (none of {', '.join(name for name, _ in layouts)}); download the model's weight files"
     )
