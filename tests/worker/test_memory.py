@@ -6,6 +6,7 @@ import pytest
 
 from fastchat.worker.host_memory import anonymous_bytes, available_bytes
 
+V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 MEMINFO = "MemTotal:       100 kB\nMemFree:          10 kB\nMemAvailable:   {} kB\n"
 
 
@@ -43,6 +44,28 @@ def test_a_containers_limit_counts(tmp_path: Path, folder: str, limit: str, usag
     assert available_bytes(tmp_path) == 50 * 1024
     write(tmp_path, f"{folder}/{limit}", "1000\n")
     assert available_bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "top", "limit", "usage"),
+    [
+        ("0::/system.slice/fastchat.service", "sys/fs/cgroup", "memory.max", "memory.current"),
+        ("4:memory:/system.slice/fastchat.service", "sys/fs/cgroup/memory", *V1_FILES),
+        ("7:cpu,memory:/system.slice/fastchat.service", "sys/fs/cgroup/memory", *V1_FILES),
+    ],
+)
+@pytest.mark.parametrize("limited", ["", "system.slice", "system.slice/fastchat.service"])
+def test_a_limit_of_the_service_or_of_what_it_belongs_to_counts(
+    tmp_path: Path, line: str, top: str, limit: str, usage: str, limited: str
+):
+    """systemd's MemoryMax and a job of Slurm's limit a group below the top of the tree, which has no limit itself."""
+    machine(tmp_path, 50)
+    write(tmp_path, "proc/self/cgroup", f"1:name=systemd:/\n{line}\n")
+    for folder, size in (("other", 1), (limited, 20000)):
+        write(tmp_path, f"{top}/{folder}/{limit}", f"{size}\n")
+        write(tmp_path, f"{top}/{folder}/{usage}", "15000\n")
+        write(tmp_path, f"{top}/{folder}/memory.stat", "anon 9000\n")
+    assert available_bytes(tmp_path) == 5000
 
 
 def test_anonymous_memory_is_what_no_file_backs(tmp_path: Path):

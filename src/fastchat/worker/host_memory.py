@@ -1,24 +1,27 @@
-"""How much memory this process holds, and may still take: of the machine, and of the container that it runs in."""
+"""How much memory this process holds, and may still take: of the machine, and of the groups that limit it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _CGROUPS = (
-    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Folder and files of a container's limit, in version 2 and version 1 (Linux, Documentation/admin-guide/cgroup*)."""
+"""Controller, folder and files of a limit, in version 2 and version 1 (Linux, Documentation/admin-guide/cgroup*)."""
 
 
 def available_bytes(root: Path = Path("/")) -> int:
     """What can be taken without swapping. Cached files count as available: a checkpoint just read fills the cache."""
     left = [
-        _machine_bytes(root),
-        *(bytes_ for names in _CGROUPS if (bytes_ := _container_bytes(root, *names)) is not None),
+        _group_bytes(group, *files)
+        for controller, folder, *files in _CGROUPS
+        for group in _groups(root, controller, root / folder)
     ]
-    return max(0, min(left))
+    return max(0, min([_machine_bytes(root), *(num_bytes for num_bytes in left if num_bytes is not None)]))
 
 
 def anonymous_bytes(process: str = "self", root: Path = Path("/")) -> int:
@@ -42,12 +45,29 @@ def _machine_bytes(root: Path) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _container_bytes(root: Path, folder: str, limit: str, usage: str, cache: str) -> int | None:
-    """What a container's limit leaves, its cached files given back; None where there is no limit."""
+def _groups(root: Path, controller: str, top: Path) -> Iterator[Path]:
+    """The group of processes that this one is in, and those around it: each may have a limit.
+
+    In a container `top` is its own; under systemd or Slurm the group lies deeper.
+    """
+    group = top
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                group = top / path.lstrip("/")
+    while group != top:
+        yield group
+        group = group.parent
+    yield top
+
+
+def _group_bytes(group: Path, limit: str, usage: str, cache: str) -> int | None:
+    """What a group's limit leaves, its cached files given back; None where there is no limit."""
     try:
-        limit_bytes = int((root / folder / limit).read_text(encoding="ascii"))  # "max" is no number
-        used_bytes = int((root / folder / usage).read_text(encoding="ascii"))
-        counts = dict(line.split() for line in (root / folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        limit_bytes = int((group / limit).read_text(encoding="ascii"))  # "max" is no number
+        used_bytes = int((group / usage).read_text(encoding="ascii"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):
         return None
     return limit_bytes - used_bytes + int(counts.get(cache, 0))
