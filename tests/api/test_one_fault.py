@@ -91,7 +91,7 @@ def test_a_fault_ends_one_request_of_thirty_two(fault, is_stream):
 
     assert [joined(each) for each in asyncio.run(run_all())] == [{0: bytes(ANSWER).decode()}] * NUM_OTHERS
     assert engine.open_sequences == set()
-    assert models.find("toy").sequences.num_open == 0
+    assert engine.num_open == 0
     assert [record.reason for record in records] in ([], ["error"])
 
 

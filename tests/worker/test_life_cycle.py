@@ -1,15 +1,18 @@
 """A worker's life: loading, registering, final records, draining, hanging, and an engine in its own process."""
 
+import asyncio
 import json
 from contextlib import contextmanager
 
 import psutil
 import pytest
 
+from fastchat.api.event_source import open_sequences
 from fastchat.api.served_model import ServedModel
 from fastchat.cluster.contract import Load
-from fastchat.engine.client import EngineClient
-from fastchat.engine.events import EngineStats
+from fastchat.engine.client import EngineClient, EngineLimits
+from fastchat.engine.events import EngineStats, FinishReason, SequenceEvent, SequenceRequest
+from fastchat.engine.sampling_params import SamplingParams
 from fastchat.errors import CheckpointError, ConfigError, EngineError
 from fastchat.gateway.controller_app import ControllerConfig, create_controller_app
 from fastchat.models.interface import SamplingDefaults
@@ -147,12 +150,19 @@ def test_seed_truncation_and_deadline(thread, checkpoints):
 class StillEngine(EngineClient):
     """Implements `EngineClient`: has whatever condition a test gives it."""
 
+    limits = EngineLimits(
+        max_context=64, num_blocks=8, block_size=8, vocab_size=100, embedding_size=8, device="cpu", dtype="float32"
+    )
+
     def __init__(self):
         super().__init__()
         self._failure = None
 
     def show(self, **stats):
         self._deliver([], EngineStats(**stats))
+
+    def end(self, sequence_id):
+        self._deliver([SequenceEvent(sequence_id, finish_reason=FinishReason.STOP)], EngineStats())
 
     def die(self):
         self._fail(EngineError("dead"))
@@ -170,22 +180,50 @@ class StillEngine(EngineClient):
         """Never answers."""
 
 
+def request(sequence_id):
+    return SequenceRequest(sequence_id, (5, 6), SamplingParams(max_tokens=3))
+
+
 def still_model(engine):
     return ServedModel((), None, None, engine, 1, SamplingDefaults(), 0)
 
 
 def test_first_step_that_hangs_is_seen():
-    """An engine reports what runs after a step only: what was submitted counts before."""
+    """An engine reports what runs after a step only: what was submitted counts before, and until its end has come."""
     now = 0.0
-    model = still_model(StillEngine())
-    health = EngineHealth([model], lambda: now, hang_after_s=30)
+    engine = StillEngine()
+    health = EngineHealth([still_model(engine)], lambda: now, hang_after_s=30)
     now = 100.0
     assert health.problem() is None
-    with model.sequences.counted(2):
-        assert health.load() == Load(num_waiting=2)
-        now = 131.0
-        assert health.problem() == "an engine hangs"
+    engine.submit(request("r1"))
+    engine.submit(request("r2"))
+    assert health.load() == Load(num_waiting=2)
+    now = 131.0
+    assert health.problem() == "an engine hangs"
+    engine.abort("r1")
+    assert health.problem() == "an engine hangs"
+    engine.end("r1")
+    engine.end("r2")
     assert health.problem() is None
+
+
+def test_an_answer_that_nobody_reads_is_no_hang():
+    """The engine has done its part; how long a client takes to read it says nothing of the engine."""
+    now = 0.0
+    engine = StillEngine()
+    model = still_model(engine)
+    health = EngineHealth([model], lambda: now, hang_after_s=30)
+
+    async def read_slowly():
+        nonlocal now
+        async with open_sequences(model, [request("r1")]) as answer:
+            engine.end("r1")
+            now = 100.0
+            assert health.problem() is None
+            assert health.load() == Load()
+            assert (await answer.next_events())[-1].finish_reason is FinishReason.STOP
+
+    asyncio.run(read_slowly())
 
 
 def test_hanging_engine_is_seen_beside_a_busy_one():

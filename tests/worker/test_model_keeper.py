@@ -88,11 +88,14 @@ async def kept(machine: Machine, sizes: dict[str, int], budget: int = 10, **opti
         yield keeper, {key: OnDemandEngine(key, keeper, LIMITS) for key in sizes}
 
 
+def request(number: int) -> SequenceRequest:
+    return SequenceRequest(f"request-{number}", (5, 6), SamplingParams(max_tokens=3))
+
+
 async def ask(engine: EngineClient, number: int = 0) -> list[int]:
     """One whole answer."""
-    request = SequenceRequest(f"request-{number}", (5, 6), SamplingParams(max_tokens=3))
     token_ids: list[int] = []
-    async with engine.open(request) as stream:
+    async with engine.open(request(number)) as stream:
         while True:
             for event in await stream.next_events():
                 token_ids += event.token_ids
@@ -122,6 +125,16 @@ async def test_models_that_do_not_fit_together_take_turns():
         assert answers == [[1, 2, 3]] * 100
         assert machine.most_awake == 1
         assert sum(engine.stats.num_generated_tokens for engine in engines.values()) == 300
+
+
+async def test_a_slow_reader_keeps_no_model_in_memory_that_has_said_all():
+    """What is said already needs no model: its memory goes to who waits, and the reader still gets everything."""
+    machine = Machine()
+    async with kept(machine, {"a": 8, "b": 8}) as (_, engines), engines["a"].open(request(0)) as stream:
+        async with asyncio.timeout(60):
+            assert await ask(engines["b"]) == [1, 2, 3]
+        assert machine.awake == ["b"]
+        assert [token_id for event in await stream.next_events() for token_id in event.token_ids] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("failure", [CheckpointError("the file is damaged"), RuntimeError("no such device")])

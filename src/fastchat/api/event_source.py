@@ -31,7 +31,6 @@ async def open_sequences(model: ServedModel, requests: Sequence[SequenceRequest]
     """
     engine = model.engine
     async with AsyncExitStack() as stack:
-        stack.enter_context(model.sequences.counted(len(requests)))
         streams = [await stack.enter_async_context(engine.open(request)) for request in requests]
         if len(streams) == 1:
             yield _OneSequence(engine, streams[0])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastchat import __version__
 from fastchat.engine.client import EngineClient
@@ -12,25 +11,6 @@ from fastchat.errors import ConfigError, ModelNotFoundError
 from fastchat.models.interface import ChatFormat, SamplingDefaults, Tokenizer
 
 SYSTEM_FINGERPRINT = f"fastchat-{__version__}"
-
-
-class OpenSequences:
-    """How many sequences of a model are open. An engine tells it only after a step, and the first one may hang."""
-
-    def __init__(self) -> None:
-        self.num_open = 0
-
-    def __repr__(self) -> str:
-        return f"<OpenSequences {self.num_open}>"
-
-    @contextmanager
-    def counted(self, num_sequences: int) -> Iterator[None]:
-        """Count so many more while the block lasts."""
-        self.num_open += num_sequences
-        try:
-            yield
-        finally:
-            self.num_open -= num_sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +34,6 @@ class ServedModel:
     truncates_embedding_input: bool = False
     adapter: str = ""
     base_name: str = ""
-    sequences: OpenSequences = field(default_factory=OpenSequences)
 
     @property
     def engine_name(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -39,9 +39,13 @@ class EngineLimits:
 
 
 class SequenceStream:
-    """The events of one submitted sequence, in order. Ends after the event that has a `finish_reason`."""
+    """The events of one submitted sequence, in order. Ends after the event that has a `finish_reason`.
 
-    def __init__(self) -> None:
+    `on_end` is called when no more will come, whether or not anybody has read them.
+    """
+
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        self._on_end = on_end
         self._events: list[SequenceEvent] = []
         self._failure: FastChatError | None = None
         self._has_news = asyncio.Event()
@@ -66,11 +70,14 @@ class SequenceStream:
         """Called by the client that owns the stream."""
         self._events.append(event)
         self._has_news.set()
+        if event.finish_reason is not None:
+            self._on_end()
 
     def fail(self, failure: FastChatError) -> None:
         """No more events will come."""
         self._failure = failure
         self._has_news.set()
+        self._on_end()
 
 
 class EngineClient(ABC):
@@ -155,6 +162,11 @@ class EngineClient(ABC):
     def stats(self) -> EngineStats:
         """The engine's latest condition; never blocks."""
         return self._last_stats
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that were submitted and whose end has not come. Stats tell of one only after a step."""
+        return len(self._streams)
 
     @property
     def is_alive(self) -> bool:

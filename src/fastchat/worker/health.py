@@ -25,7 +25,7 @@ class _Watch:
     @property
     def num_pending(self) -> int:
         """Sequences that the engine knows of, or that it has not even taken note of yet."""
-        return max(self.stats.num_running + self.stats.num_waiting, self.model.sequences.num_open)
+        return max(self.stats.num_running + self.stats.num_waiting, self.model.engine.num_open)
 
 
 class EngineHealth:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
 from fastchat.engine.client import EngineClient, EngineLimits, SequenceStream
@@ -46,7 +46,7 @@ class OnDemandEngine(EngineClient):
 
     @asynccontextmanager
     async def open(self, request: SequenceRequest) -> AsyncIterator[SequenceStream]:
-        """As `EngineClient.open`; the model stays in memory as long as the block lasts."""
+        """As `EngineClient.open`; the model stays in memory until the sequence ends, or the block."""
         self._check(request)
         with self._adapters.used(request.adapter):
             async with self._opened(request) as stream:
@@ -55,22 +55,22 @@ class OnDemandEngine(EngineClient):
     @asynccontextmanager
     async def _opened(self, request: SequenceRequest) -> AsyncIterator[SequenceStream]:
         ticket = self._keeper.take(self._key)
-        stream = SequenceStream()
         waiting: asyncio.Task[None] | None = None
-        try:
-            if ticket.is_granted:
-                self._engine().submit(request, stream)
-            else:
-                waiting = asyncio.get_running_loop().create_task(self._submit_later(ticket, request, stream))
-            yield stream
-        finally:
-            if waiting is not None:
-                waiting.cancel()
-                with suppress(asyncio.CancelledError):
-                    await waiting
-            if ticket.is_granted:
-                self._engine().abort(request.sequence_id)
-            self._keeper.give_back(ticket)
+        with ExitStack() as claim:
+            claim.callback(self._keeper.give_back, ticket)
+            stream = SequenceStream(on_end=claim.close)  # once all is said, a slow reader keeps no memory from others
+            try:
+                if ticket.is_granted:
+                    self._engine().submit(request, stream)
+                else:
+                    waiting = asyncio.get_running_loop().create_task(self._submit_later(ticket, request, stream))
+                yield stream
+            finally:
+                if waiting is not None:
+                    waiting.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await waiting
+                self.abort(request.sequence_id)
 
     def abort(self, sequence_id: str) -> None:
         """End a sequence early; one that still waits for its model ends with its `open` block."""
@@ -83,6 +83,12 @@ class OnDemandEngine(EngineClient):
         """The condition of the engine there is, with the totals of those before it."""
         stats = self._keeper.stats(self._key)
         return replace(stats, num_waiting=stats.num_waiting + self._num_waiting)
+
+    @property
+    def num_open(self) -> int:
+        """Those that wait for the model too."""
+        engine = self._keeper.engine(self._key)
+        return self._num_waiting + (engine.num_open if engine is not None else 0)
 
     @property
     def is_alive(self) -> bool:
