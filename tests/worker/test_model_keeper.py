@@ -36,6 +36,8 @@ class Machine:
         self.fails_with: Exception | None = None
         self.may_load = asyncio.Event()
         self.may_load.set()
+        self.may_close = asyncio.Event()
+        self.may_close.set()
 
 
 class Counting(EngineClient):
@@ -57,6 +59,7 @@ class Counting(EngineClient):
         self._failure = None
 
     async def close(self) -> None:
+        await self._machine.may_close.wait()
         if self._key in self._machine.awake:
             self._machine.awake.remove(self._key)
         self._fail(EngineError("closed"))
@@ -135,6 +138,21 @@ async def test_a_slow_reader_keeps_no_model_in_memory_that_has_said_all():
             assert await ask(engines["b"]) == [1, 2, 3]
         assert machine.awake == ["b"]
         assert [token_id for event in await stream.next_events() for token_id in event.token_ids] == [1, 2, 3]
+
+
+async def test_totals_do_not_fall_while_a_model_leaves():
+    """Whoever looks while its engine is being closed would count everything twice afterwards."""
+    machine = Machine()
+    async with kept(machine, {"a": 5}) as (keeper, engines):
+        await ask(engines["a"])
+        machine.may_close.clear()
+        sent_away = asyncio.get_running_loop().create_task(keeper.send_away("a"))
+        while keeper.engine("a") is not None:
+            await asyncio.sleep(0)
+        assert engines["a"].stats.num_generated_tokens == 3
+        machine.may_close.set()
+        await sent_away
+        assert engines["a"].stats.num_generated_tokens == 3
 
 
 @pytest.mark.parametrize("failure", [CheckpointError("the file is damaged"), RuntimeError("no such device")])

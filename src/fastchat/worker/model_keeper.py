@@ -50,6 +50,7 @@ class ModelKeeper:
         self.on_leave: Callable[[str, LeaveReason], None] = lambda _key, _reason: None
         self._engines: dict[str, EngineClient] = {}
         self._loading: dict[str, EngineClient] = {}
+        self._leaving: dict[str, EngineClient] = {}
         self._places = {resident.key: resident.place for resident in residency}
         self._has_looked = asyncio.Event()
         self._past = dict.fromkeys(make_engine, EngineStats())
@@ -89,7 +90,7 @@ class ModelKeeper:
 
     def stats(self, key: str) -> EngineStats:
         """The condition of the engine there is, with the totals of those that the model had before."""
-        engine = self._engines.get(key)
+        engine = self._engines.get(key) or self._leaving.get(key)
         return add_totals(engine.stats if engine is not None else EngineStats(), self._past[key])
 
     def take(self, key: str, *, more_bytes: int = 0) -> Ticket:
@@ -185,9 +186,10 @@ class ModelKeeper:
             async with self._one_load:
                 await self._load(action.key)
         else:
-            engine = self._engines.pop(action.key)
+            engine = self._leaving[action.key] = self._engines.pop(action.key)
             await engine.close()
-            self._past[action.key] = add_totals(self._past[action.key], engine.stats)
+            self._past[action.key] = self.stats(action.key)
+            del self._leaving[action.key]
             self.residency.unloaded(action.key)
             _log.info("model asleep", model=action.key, reason=action.reason)
             self.on_leave(action.key, action.reason)
