@@ -36,6 +36,8 @@ class Machine:
         self.fails_with: Exception | None = None
         self.may_load = asyncio.Event()
         self.may_load.set()
+        self.may_abort = asyncio.Event()
+        self.may_abort.set()
         self.may_close = asyncio.Event()
         self.may_close.set()
 
@@ -70,6 +72,10 @@ class Counting(EngineClient):
 
     def _send_abort(self, sequence_id: str) -> None:
         self._tasks[sequence_id].cancel()
+        self._tasks[sequence_id] = asyncio.get_running_loop().create_task(self._abort(sequence_id))
+
+    async def _abort(self, sequence_id: str) -> None:
+        await self._machine.may_abort.wait()
         self._deliver([SequenceEvent(sequence_id, finish_reason=FinishReason.ABORT)], self._last_stats)
 
     async def _answer(self, sequence_id: str) -> None:
@@ -138,6 +144,23 @@ async def test_a_slow_reader_keeps_no_model_in_memory_that_has_said_all():
             assert await ask(engines["b"]) == [1, 2, 3]
         assert machine.awake == ["b"]
         assert [token_id for event in await stream.next_events() for token_id in event.token_ids] == [1, 2, 3]
+
+
+async def test_a_model_stays_until_the_step_is_over_that_a_client_has_left():
+    """Its memory is not free before, however long the step takes; who waits for it would load into taken memory."""
+    machine = Machine()
+    async with kept(machine, {"a": 8, "b": 8}) as (keeper, engines):
+        await keeper.wake("a")
+        machine.may_abort.clear()
+        async with engines["a"].open(request(0)):
+            pass
+        asked = asyncio.get_running_loop().create_task(ask(engines["b"]))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert machine.awake == ["a"]
+        machine.may_abort.set()
+        assert await asked == [1, 2, 3]
+        assert machine.awake == ["b"]
 
 
 async def test_totals_do_not_fall_while_a_model_leaves():

@@ -168,6 +168,10 @@ class EngineClient(ABC):
         """Sequences that were submitted and whose end has not come. Stats tell of one only after a step."""
         return len(self._streams)
 
+    def has_open(self, sequence_id: str) -> bool:
+        """Whether a sequence was submitted and its end has not come."""
+        return sequence_id in self._streams
+
     @property
     def is_alive(self) -> bool:
         """False before the start, and once the engine has died or was closed."""

@@ -46,7 +46,7 @@ class OnDemandEngine(EngineClient):
 
     @asynccontextmanager
     async def open(self, request: SequenceRequest) -> AsyncIterator[SequenceStream]:
-        """As `EngineClient.open`; the model stays in memory until the sequence ends, or the block."""
+        """As `EngineClient.open`; the model stays in memory until its engine has ended the sequence."""
         self._check(request)
         with self._adapters.used(request.adapter):
             async with self._opened(request) as stream:
@@ -56,21 +56,25 @@ class OnDemandEngine(EngineClient):
     async def _opened(self, request: SequenceRequest) -> AsyncIterator[SequenceStream]:
         ticket = self._keeper.take(self._key)
         waiting: asyncio.Task[None] | None = None
-        with ExitStack() as claim:
-            claim.callback(self._keeper.give_back, ticket)
-            stream = SequenceStream(on_end=claim.close)  # once all is said, a slow reader keeps no memory from others
-            try:
-                if ticket.is_granted:
-                    self._engine().submit(request, stream)
-                else:
-                    waiting = asyncio.get_running_loop().create_task(self._submit_later(ticket, request, stream))
-                yield stream
-            finally:
-                if waiting is not None:
-                    waiting.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await waiting
-                self.abort(request.sequence_id)
+        claim = ExitStack()
+        claim.callback(self._keeper.give_back, ticket)
+        # Not the block but the engine tells when the model is free: all is said though a reader is slow, or a step that
+        # has the sequence still runs though its reader has left.
+        stream = SequenceStream(on_end=claim.close)
+        try:
+            if ticket.is_granted:
+                self._engine().submit(request, stream)
+            else:
+                waiting = asyncio.get_running_loop().create_task(self._submit_later(ticket, request, stream))
+            yield stream
+        finally:
+            if waiting is not None:
+                waiting.cancel()
+                with suppress(asyncio.CancelledError):
+                    await waiting
+            self.abort(request.sequence_id)
+            if not self._is_open(request.sequence_id):
+                claim.close()
 
     def abort(self, sequence_id: str) -> None:
         """End a sequence early; one that still waits for its model ends with its `open` block."""
@@ -106,6 +110,10 @@ class OnDemandEngine(EngineClient):
 
     def _send_abort(self, sequence_id: str) -> None:
         raise NotImplementedError("sequences are opened, which waits for the model")
+
+    def _is_open(self, sequence_id: str) -> bool:
+        engine = self._keeper.engine(self._key)
+        return engine is not None and engine.has_open(sequence_id)
 
     def _engine(self) -> EngineClient:
         engine = self._keeper.engine(self._key)
