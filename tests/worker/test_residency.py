@@ -153,6 +153,18 @@ def test_an_idle_model_leaves_after_its_timeout_and_a_pinned_one_never(clock):
     assert made.next_actions() == [Unload("a")]
 
 
+def test_what_comes_due_while_somebody_looks_is_seen(clock):
+    """Between the actions and the question when to look again time goes on."""
+    made = residency(clock, {"a": 8, "b": 8}, 10, idle_timeout_s=60)
+    made.give_back(load(made, "a"))
+    clock.now = 59
+    assert made.next_actions() == []
+    clock.now = 61
+    assert made.next_look_at() == 60
+    assert made.next_actions() == [Unload("a")]
+    assert made.next_look_at() is None
+
+
 def test_unloading_waits_for_the_stream_that_runs(clock):
     """An operator's unload ends nobody; who asks meanwhile gets the model back afterwards."""
     made = residency(clock, {"a": 4}, 10)

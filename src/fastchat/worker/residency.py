@@ -20,6 +20,7 @@ who has not had it yet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -126,6 +127,8 @@ class Residency:
     _residents: dict[str, Resident] = field(default_factory=dict)
     _line: list[Ticket] = field(default_factory=list)
     """Tickets that wait, the oldest first."""
+    _looked_at: float = -math.inf
+    """When the last `next_actions` began: what has come due since then has not been seen."""
 
     def __iter__(self) -> Iterator[Resident]:
         """All models, in the order in which they were added."""
@@ -233,6 +236,7 @@ class Residency:
 
     def next_actions(self) -> list[Action]:
         """What is to be done now; the models' places already say so."""
+        self._looked_at = self.clock()
         for resident in self:
             resident.makes_room = False  # decided anew: whoever waited for its memory may have left the line
         actions: list[Action] = [
@@ -249,7 +253,7 @@ class Residency:
         times = [ticket.taken_at + self.patience_s for ticket in self._line]
         if self.idle_timeout_s is not None:
             times += [resident.last_used_at + self.idle_timeout_s for resident in self if resident.can_leave]
-        return min((time for time in times if time > self.clock()), default=None)
+        return min((time for time in times if time > self._looked_at), default=None)
 
     def _serve_line(self) -> list[Action]:
         """Load what is wanted, strictly in line: nobody takes the room that is made for somebody before."""
