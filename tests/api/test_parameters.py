@@ -314,6 +314,13 @@ def test_bad_embeddings_are_refused(body):
         parse_body(EmbeddingRequest, {**EMBEDDING, **body})
 
 
+def test_a_long_key_is_not_sent_back():
+    """What a client sends it knows; an answer as large as a request is no answer."""
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_body(ChatCompletionRequest, {**CHAT, "metadata": {"x" * 100_000: "y"}})
+    assert len(caught.value.message) + len(caught.value.param) < 300
+
+
 def test_unknown_names_are_listed_not_refused():
     """The header names what was ignored, also inside of messages, and stays a short line of plain characters."""
     message = {**MESSAGES[0], "mood": "good", "refusal": None}

@@ -169,10 +169,11 @@ def validate(kind: type[BodyT], document: Json, *, prefix: str = "") -> BodyT:
 
 
 def field_path(location: Iterable[str | int]) -> str:
-    """A field as a client writes it: `messages[0].content`."""
+    """A field as a client writes it: `messages[0].content`. Of a key that the client made up only the beginning."""
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+        name = part[:_MAX_NAME] if isinstance(part, str) else f"[{part}]"
+        path += f".{name}" if path and isinstance(part, str) else name
     return path
 
 
