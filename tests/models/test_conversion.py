@@ -136,7 +136,27 @@ def lose_tensor(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(("damage", "words"), [(break_file, "not finite"), (lose_tensor, "lack model.norm.weight")])
+def double_tensor(folder: Path) -> None:
+    """In a second file, which the index does not say: shards of two downloads."""
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    head = {"lm_head.weight": tensors.pop("lm_head.weight")}
+    save_file(tensors, folder / "model-1.safetensors")
+    save_file({**head, "model.norm.weight": tensors["model.norm.weight"]}, folder / "model-2.safetensors")
+    weight_map = dict.fromkeys(tensors, "model-1.safetensors") | dict.fromkeys(head, "model-2.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (break_file, "not finite"),
+        (lose_tensor, "lack model.norm.weight"),
+        (double_tensor, "model.norm.weight is in another weight file"),
+    ],
+)
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, damage: Any, words: str) -> None:
     source = write_checkpoint(tmp_path / "source", "llama", num_shards=1)
     damage(source)

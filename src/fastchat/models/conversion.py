@@ -36,7 +36,7 @@ from fastchat.models.stored_form import (
 )
 from fastchat.models.stored_quantization import choose_quantization, own_marker, stored_quantization
 from fastchat.models.tokenizer import load_tokenizer
-from fastchat.models.weight_files import Shard, WeightFiles, find_weight_files
+from fastchat.models.weight_files import Shard, WeightFiles, find_weight_files, tensor_twice_error
 from fastchat.models.weights import check_tensor_names, open_shard
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -107,9 +107,13 @@ def _plan(
     checkpoint: Checkpoint, files: WeightFiles, quantization: Quantization | None, dtype: FloatName | None
 ) -> Iterator[_Item]:
     """What becomes of every tensor, in the order of the files."""
+    seen: set[str] = set()
     for shard in files.shards:
         with open_shard(files, shard) as reader:
             for name in reader.names():
+                if name in seen:
+                    raise tensor_twice_error(shard.path, name)
+                seen.add(name)
                 source = reader.read(name)
                 form = _form(checkpoint, name, source, quantization, dtype)
                 yield _Item(shard, name, form, _outputs(name, source, form))

@@ -160,6 +160,14 @@ def missing_tensor_error(file: Path, tensor_name: str) -> CheckpointError:
     )
 
 
+def tensor_twice_error(file: Path, tensor_name: str) -> CheckpointError:
+    """Which of the two is meant, nobody can know."""
+    return CheckpointError(
+        f"{file}: {tensor_name} is in another weight file as well; the files are of different downloads, download them "
+        "again"
+    )
+
+
 def _refuse_pointer(file: Path, start: bytes) -> None:
     if start == LFS_POINTER:
         raise CheckpointError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")

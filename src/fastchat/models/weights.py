@@ -35,7 +35,7 @@ from fastchat.models.stored_form import (
     is_linear_weight,
 )
 from fastchat.models.stored_quantization import REMEDY, choose_quantization, stored_quantization
-from fastchat.models.weight_files import Shard, WeightFiles, find_weight_files, missing_tensor_error
+from fastchat.models.weight_files import Shard, WeightFiles, find_weight_files, missing_tensor_error, tensor_twice_error
 
 logger = logging.getLogger(__name__)
 
@@ -270,10 +270,7 @@ class _Filler:
         self._check_shape(name, file, source, targets, only_rows=is_quantized or is_scale)
         marks = {f"{target}{SCALE_SUFFIX}" for target in targets} if is_scale else set(targets)
         if not self._filled.isdisjoint(marks):
-            raise CheckpointError(
-                f"{file}: {name} is in another weight file as well; the files are of different downloads, download "
-                "them again"
-            )
+            raise tensor_twice_error(file, name)
         self._filled |= marks
         start = 0
         for target in targets:
