@@ -11,6 +11,7 @@ from fastchat.errors import ConfigError, InvalidRequestError
 from fastchat.models.chat_template import load_chat_format
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.format_spec import builtin_formats
+from fastchat.models.tokenizer import load_tokenizer
 from tests.checkpoints import FamilyName, write_checkpoint
 from tests.models.conversations import (
     edit_json,
@@ -98,6 +99,15 @@ def test_the_checkpoints_own_template_comes_before_other_signs(tmp_path: Path) -
     chat_format, tokenizer = format_of(write_checkpoint(tmp_path / "vicuna-7b-v1.5", "llama"))
     assert (chat_format.name, chat_format.source) == ("jinja", "tokenizer_config.json")
     assert chat_format.stop_token_ids == {tokenizer.special_token_id("<|im_end|>")}
+
+
+def test_the_space_of_a_first_word_is_no_part_of_an_answer(tmp_path: Path) -> None:
+    """With the checkpoint's own template as with the formats that come along for such models."""
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, "llama"))
+    assert not load_chat_format(checkpoint, load_tokenizer(checkpoint)).strips_leading_space
+    sentencepiece = converted_llama()[0]
+    assert load_chat_format(checkpoint, sentencepiece).strips_leading_space
+    assert load_chat_format(checkpoint, sentencepiece, "plain").strips_leading_space
 
 
 def test_a_template_file_comes_before_the_tokenizer_config(tmp_path: Path) -> None:

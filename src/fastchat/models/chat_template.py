@@ -45,7 +45,7 @@ def load_chat_format(
             tokenizer,
             source=source,
             special_tokens=checkpoint.special_tokens,
-            strips_leading_space=checkpoint.family.name == "chatglm",
+            strips_leading_space=checkpoint.family.name == "chatglm" or _leads_words_with_space(tokenizer),
         )
     recognised = recognise(checkpoint, lambda name: tokenizer.special_token_id(name) is not None)
     if recognised is None:
@@ -85,6 +85,11 @@ class NoChatFormat:
             param="messages",
             code="no_chat_format",
         )
+
+
+def _leads_words_with_space(tokenizer: TemplateTokenizer) -> bool:
+    """Whether a text's first word is tokenized as if a space stood before it, as in Llama 2: answers begin so too."""
+    return tokenizer.encode_piece("a") != tokenizer.encode_following("a")
 
 
 def _named_format(tokenizer: TemplateTokenizer, conv_template: str) -> PromptFormat:
