@@ -96,3 +96,23 @@ def test_a_step_that_raises_passes_the_turn_on():
         assert not taken.is_set()
     thread.join(60)
     assert taken.is_set()
+
+
+def test_an_engine_says_that_it_waits_for_its_turn(glm):
+    """While another has the device, and no longer."""
+    turns, is_done = Turns(), threading.Event()
+    loop = EngineLoop(make_engine(glm), lambda events, _: is_done.set() if events else None, turns)
+    thread = threading.Thread(target=loop.run)
+    with turns.turn():
+        thread.start()
+        assert not loop.awaits_turn
+        loop.inbox.put(greedy("r1", 5, 1))
+        deadline = time.monotonic() + 60
+        while not loop.awaits_turn and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert loop.awaits_turn
+        assert not is_done.is_set()
+    assert is_done.wait(60)
+    assert not loop.awaits_turn
+    loop.inbox.put(Stop())
+    thread.join(60)

@@ -154,6 +154,8 @@ class StillEngine(EngineClient):
         max_context=64, num_blocks=8, block_size=8, vocab_size=100, embedding_size=8, device="cpu", dtype="float32"
     )
 
+    awaits_turn = False
+
     def __init__(self):
         super().__init__()
         self._failure = None
@@ -205,6 +207,23 @@ def test_first_step_that_hangs_is_seen():
     engine.end("r1")
     engine.end("r2")
     assert health.problem() is None
+
+
+def test_an_engine_that_waits_for_the_device_does_not_hang():
+    """A step of a large model on few cores takes longer than a hang may; whose step it is moves, or hangs itself."""
+    now = 0.0
+    engine = StillEngine()
+    health = EngineHealth([still_model(engine)], lambda: now, hang_after_s=30)
+    engine.submit(request("r1"))
+    engine.awaits_turn = True
+    assert health.problem() is None
+    now = 100.0
+    assert health.problem() is None
+    engine.awaits_turn = False
+    now = 129.0
+    assert health.problem() is None
+    now = 131.0
+    assert health.problem() == "an engine hangs"
 
 
 def test_an_answer_that_nobody_reads_is_no_hang():

@@ -182,6 +182,11 @@ class EngineClient(ABC):
         """Whether what waits should move; False while a model waits for its memory."""
         return True
 
+    @property
+    def awaits_turn(self) -> bool:
+        """Whether another engine has the device now, so that this one cannot move."""
+        return False
+
     def _deliver(self, events: list[SequenceEvent], stats: EngineStats) -> None:
         """Hand one step's events to their streams. Called on the event loop."""
         self._last_stats = stats

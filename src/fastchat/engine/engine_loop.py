@@ -55,6 +55,8 @@ class EngineLoop:
         self._settle = settle
         self._turns = turns or Turns()
         self._has_stopped = False
+        self.awaits_turn = False
+        """Whether it could compute and another engine has the device; may be read from any thread."""
 
     def run(self) -> None:
         """Step until `Stop`. Sleeps while there is nothing to compute."""
@@ -72,7 +74,9 @@ class EngineLoop:
         self._turns.note_work(self, has_work=self._engine.has_work)
         if not self._engine.has_work:
             return []
+        self.awaits_turn = True
         with self._turns.turn():
+            self.awaits_turn = False
             events = self._engine.step(num_sharing=self._turns.num_busy)
         self._turns.note_work(self, has_work=self._engine.has_work)
         return events

@@ -72,6 +72,11 @@ class ThreadEngineClient(EngineClient):
         """The condition after the last step, with the progress of the current one."""
         return self._last_stats if self._engine is None else replace(self._last_stats, progress=self._engine.progress)
 
+    @property
+    def awaits_turn(self) -> bool:
+        """As its loop says."""
+        return self._engine_loop is not None and self._engine_loop.awaits_turn
+
     def _send(self, request: SequenceRequest) -> None:
         assert self._engine_loop is not None
         self._engine_loop.inbox.put(request)

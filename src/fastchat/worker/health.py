@@ -64,7 +64,9 @@ class EngineHealth:
         if not watch.model.engine.is_alive:
             return ENGINE_DIED
         now = self._clock()
-        progress = watch.stats.progress
-        if progress != watch.progress or watch.num_pending == 0 or not watch.model.engine.is_computing:
+        engine, progress = watch.model.engine, watch.stats.progress
+        # While another has the device it is that one's move, and that one is looked at too.
+        can_move = watch.num_pending > 0 and engine.is_computing and not engine.awaits_turn
+        if progress != watch.progress or not can_move:
             watch.progress, watch.moved_at = progress, now
         return "an engine hangs" if now - watch.moved_at > self._hang_after_s else None

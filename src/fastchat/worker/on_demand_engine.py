@@ -105,6 +105,12 @@ class OnDemandEngine(EngineClient):
         """Whether the model is in memory, so that work that waits should move."""
         return self._keeper.residency.find(self._key).place is Place.AWAKE
 
+    @property
+    def awaits_turn(self) -> bool:
+        """That of the engine there is."""
+        engine = self._keeper.engine(self._key)
+        return engine is not None and engine.awaits_turn
+
     def _send(self, request: SequenceRequest) -> None:
         raise NotImplementedError("sequences are opened, which waits for the model")
 
