@@ -9,13 +9,14 @@ import httpx2
 import orjson
 import pytest
 
-from fastchat.errors import ConfigError
+from fastchat.errors import ConfigError, UnavailableError
 from fastchat.gateway.app import create_api_app
 from fastchat.gateway.config import ApiServerConfig
 from fastchat.gateway.controller_app import ControllerConfig, create_controller_app
 from fastchat.ops.key_store import KeyStore
 from fastchat.serve.model_control_command import name_and_path
 from fastchat.worker.config import EngineSpec, ModelSpec
+from fastchat.worker.present_adapters import HeldAdapter, PresentAdapters
 from tests.adapters import modules_of, write_lora, write_merged
 from tests.checkpoints import write_checkpoint
 from tests.processes import free_port, run_command
@@ -202,6 +203,15 @@ def test_what_runs_ends_in_peace_while_its_adapter_goes_and_one_of_its_name_come
     assert newer.text() != expected
     one_adapter = 4 * 2 * sum_of_ranks()
     wait_until(lambda: memory() == at_first + one_adapter)
+
+
+def test_a_request_whose_adapter_goes_before_it_begins_is_told_to_come_again():
+    """What the engine calls an adapter is nobody's business; asked again, the name is known or it is not."""
+    present = PresentAdapters([HeldAdapter("kept", "/kept", 5), HeldAdapter("gone#1", "/gone", 5)])
+    present.drop(present.retire("gone#1"))
+    with pytest.raises(UnavailableError, match="was removed") as caught, present.used("gone#1"):
+        pass
+    assert "#" not in caught.value.message
 
 
 def test_the_same_name_twice_at_once_is_served_once(system):

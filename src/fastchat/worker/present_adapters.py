@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fastchat.errors import ModelNotFoundError
+from fastchat.errors import UnavailableError
 
 
 @dataclass(eq=False, slots=True)
@@ -66,13 +66,14 @@ class PresentAdapters:
 
     @contextmanager
     def used(self, key: str) -> Iterator[None]:
-        """Keep it while the block lasts; "" is the base itself. Raises `ModelNotFoundError` for one that has gone."""
+        """Keep it while the block lasts; "" is the base itself. Raises `UnavailableError` for one that has gone."""
         if not key:
             yield
             return
         adapter = self._held.get(key)
         if adapter is None:
-            raise ModelNotFoundError(key, [each.key for each in self._held.values() if not each.is_retired])
+            message = "The adapter was removed while this request was on its way; send it again."
+            raise UnavailableError(message, code="adapter_removed")
         adapter.num_users += 1
         try:
             yield
