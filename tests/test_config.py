@@ -11,6 +11,7 @@ from fastchat.config import (
     Environment,
     config_file,
     dial_url,
+    expand_home,
     internal_url,
     is_loopback,
     parse_bytes,
@@ -107,6 +108,14 @@ def test_state_directory_is_own_variable_then_xdg_then_home():
     home = Path("~/.local/state/fastchat").expanduser()
     assert read_environment({"XDG_STATE_HOME": "b"}).state_dir == home
     assert read_environment({}).state_dir == home
+
+
+def test_home_folder_that_nobody_has(monkeypatch):
+    """A path that names it stays as it was written; without one for this user its variables are asked for."""
+    assert expand_home("~nobody-here/models") == Path("~nobody-here/models")
+    monkeypatch.setenv("HOME", "nowhere")
+    with pytest.raises(ConfigError, match="HOME, or XDG_STATE_HOME"):
+        read_environment({})
 
 
 def test_secrets_stay_out_of_repr():

@@ -76,6 +76,11 @@ def config_file(variables: Mapping[str, str] | None = None) -> Path:
     return _xdg_folder(variables, "XDG_CONFIG_HOME", "~/.config") / "config.toml"
 
 
+def expand_home(path: str | Path) -> Path:
+    """`path` with `~` or `~name` in front as that user's folder; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - where there is no such user, that of `Path` raises
+
+
 def parse_bytes(text: str) -> int:
     """`24GiB`, `512 MB` or a plain number, in bytes. GB is 10^9 bytes, GiB is 2^30 bytes."""
     match = _BYTES.fullmatch(text.strip())
@@ -166,14 +171,17 @@ def _state_dir(variables: Mapping[str, str]) -> Path:
     """The directory for what outlives a process: FASTCHAT_STATE_DIR, else `fastchat` below XDG_STATE_HOME."""
     own = variables.get(STATE_DIR_VARIABLE)
     if own:
-        return Path(own).expanduser().absolute()
+        return expand_home(own).absolute()
     return _xdg_folder(variables, "XDG_STATE_HOME", "~/.local/state")
 
 
 def _xdg_folder(variables: Mapping[str, str], name: str, default: str) -> Path:
     """Our folder below one of the specification's (freedesktop.org basedir-spec), which ignores a relative path."""
     base = variables.get(name, "")
-    return (Path(base) if base.startswith("/") else Path(default).expanduser()) / "fastchat"
+    folder = Path(base) if base.startswith("/") else expand_home(default)
+    if not folder.is_absolute():
+        raise ConfigError(f"this user has no home folder: set HOME, or {name} to a whole path.")
+    return folder / "fastchat"
 
 
 def _own_address_towards(host: str) -> str | None:

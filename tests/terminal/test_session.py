@@ -233,6 +233,16 @@ def test_file_commands_need_a_name_and_a_place(talk, tmp_path):
     assert "cannot be written" in screen.notices[2]
 
 
+@pytest.mark.parametrize("name", ["~nobody-here/talk", ".", "/", "a" * 300, "a\0b"])
+@pytest.mark.parametrize("command", ["!!save", "!!load"])
+def test_name_that_no_file_can_have_is_one_line(talk, command, name):
+    """The session, and what was said in it, goes on."""
+    talker, screen = talk(["a", f"{command} {name}", "b"], echo)
+    assert asked(talker)[1] == ["a", "1:a", "b"]
+    (notice,) = screen.notices
+    assert "\n" not in notice
+
+
 def test_place_of_an_answer_that_never_came_is_left_out(tmp_path):
     """FastChat writes null there."""
     file = tmp_path / "x.json"

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastchat.config import expand_home
 from fastchat.errors import CheckpointError, UnsupportedModelError
 from fastchat.models.checkpoint import read_json_file, told_if_unreadable
 from fastchat.models.stored_tensors import read_stored_tensors
@@ -174,7 +175,7 @@ AnyAdapter = AdapterFolder | PrefixFolder
 
 def find_adapter(path: Path) -> AnyAdapter | None:
     """The adapter in a folder, None where it holds none, or a whole model beside it. Raises `CheckpointError`."""
-    path = Path(path).expanduser()
+    path = expand_home(path)
     with told_if_unreadable(path):
         has_weights = any((path / name).is_file() for name, _ in LAYOUTS)
         config = read_json_file(path / CONFIG_FILE)

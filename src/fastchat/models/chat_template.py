@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NoReturn
 
+from fastchat.config import expand_home
 from fastchat.errors import CheckpointError, ConfigError, InvalidRequestError
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.format_spec import builtin_formats, read_format
@@ -94,7 +94,7 @@ def _leads_words_with_space(tokenizer: TemplateTokenizer) -> bool:
 
 def _named_format(tokenizer: TemplateTokenizer, conv_template: str) -> PromptFormat:
     if conv_template.endswith(".json"):
-        return PromptFormat(read_format(Path(conv_template).expanduser()), tokenizer, source=conv_template)
+        return PromptFormat(read_format(expand_home(conv_template)), tokenizer, source=conv_template)
     spec = builtin_formats().get(conv_template)
     if spec is None:
         raise ConfigError(

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastchat.config import expand_home
 from fastchat.errors import CheckpointError
 from fastchat.models.families import Family, find_family, rope_options, rope_type
 
@@ -42,7 +43,7 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Read a folder's config.json. Raises `CheckpointError` in one line that names the file and the remedy."""
-        path = Path(path).expanduser()
+        path = expand_home(path)
         with told_if_unreadable(path):
             if not path.is_dir():
                 raise CheckpointError(_no_folder_message(path))

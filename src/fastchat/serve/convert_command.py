@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from fastchat.config import parse_bytes
+from fastchat.config import expand_home, parse_bytes
 from fastchat.models.checkpoint import Checkpoint
 from fastchat.models.stored_quantization import choose_quantization
 from fastchat.ops.logs import configure_logging
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _progress() as on_progress:
         converted = convert_checkpoint(
             checkpoint,
-            arguments.destination.expanduser(),
+            expand_home(arguments.destination),
             quantization=asked,
             dtype=arguments.dtype,
             max_shard_bytes=arguments.max_shard_size,

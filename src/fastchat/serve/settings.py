@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastchat.config import CONFIG_VARIABLE
+from fastchat.config import CONFIG_VARIABLE, expand_home
 from fastchat.errors import ConfigFileError
 from fastchat.ops.logs import SECRET_NAMES
 from fastchat.serve.config_file import is_of_a_model, read_config_file
@@ -105,7 +105,7 @@ def _file_of(
     if named is None:
         named = environment.get(CONFIG_VARIABLE)
     if named is not None:
-        return Path(named).expanduser().absolute() if named else None
+        return expand_home(named).absolute() if named else None
     return default_file if default_file is not None and default_file.is_file() else None
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastchat.config import Environment, parse_bytes, parse_url, reachable_url
+from fastchat.config import Environment, expand_home, parse_bytes, parse_url, reachable_url
 from fastchat.errors import ConfigError
 from fastchat.models.stored_form import DEFAULT_GROUP_SIZE, GROUP_SIZES, Quantization
 from fastchat.serve.arguments import (
@@ -309,7 +309,7 @@ def model_path(text: str) -> str:
 
 def adapter_dir(text: str) -> Path:
     """A folder that is there, by its whole path."""
-    folder = Path(text).expanduser().absolute()
+    folder = expand_home(text).absolute()
     if not text.strip() or not folder.is_dir():
         raise ConfigError(f"--adapter-dir {text!r} is no folder; make it, or correct its name.")
     return folder

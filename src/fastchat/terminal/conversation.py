@@ -10,6 +10,7 @@ conversation goes on in the format of the model that is talked to, whatever `tem
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def save_conversation(file: Path, conversation: Conversation, *, template_name: 
 
     Raises `ConfigError` where the file cannot be written, or holds something that is not a saved conversation.
     """
-    replaces = file.exists()
+    replaces = os.path.exists(file)  # noqa: PTH110 - never raises, as a path's own does in a folder of others
     if replaces and not is_saved_conversation(file):
         raise ConfigError(f"{file}: exists and is not a saved conversation; give another name.")
     labels = {"user": roles[0], "assistant": roles[1]}

@@ -6,12 +6,14 @@ the main thread; only the answer itself runs on the event loop, where Ctrl-C can
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from fastchat.config import expand_home
 from fastchat.errors import ConfigError, FastChatError
 from fastchat.terminal.commands import COMMANDS, Command, is_unknown_command, parse_command
 from fastchat.terminal.conversation import Conversation, load_conversation, save_conversation
@@ -116,7 +118,7 @@ class ChatSession:
     def _save(self, name: str) -> None:
         if not name:
             raise ConfigError("give a file: !!save FILE")
-        file = _with_suffix(Path(name).expanduser())
+        file = _with_suffix(_file_of(name))
         replaced = save_conversation(
             file, self._conversation, template_name=self._talker.template_name, roles=self._talker.roles
         )
@@ -125,8 +127,8 @@ class ChatSession:
     def _load(self, name: str) -> None:
         if not name:
             raise ConfigError("give a file: !!load FILE")
-        file = Path(name).expanduser()
-        saved = load_conversation(file if file.exists() else _with_suffix(file))
+        file = _file_of(name)
+        saved = load_conversation(file if os.path.exists(file) else _with_suffix(file))  # noqa: PTH110 - never raises
         self._conversation = saved.conversation
         self._unanswered = None
         if saved.template_name != self._talker.template_name:
@@ -185,6 +187,14 @@ def _figures(answered: Answered) -> str:
 
 def _is_too_long(error: FastChatError) -> bool:
     return getattr(error, "code", None) == CONTEXT_CODE
+
+
+def _file_of(name: str) -> Path:
+    """What was typed behind a command as a file. Raises `ConfigError` for what no file can be called."""
+    file = expand_home(name)
+    if "\0" in name or not file.name:
+        raise ConfigError(f"{name}: not the name of a file; give one.")
+    return file
 
 
 def _with_suffix(file: Path) -> Path:

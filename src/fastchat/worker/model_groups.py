@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastchat.config import expand_home
 from fastchat.errors import ConfigError
 from fastchat.models.adapter_folder import AnyAdapter, find_adapter
 from fastchat.models.checkpoint import Checkpoint
@@ -94,11 +95,11 @@ def planned_group(group: ModelGroup) -> PlannedModel:
 def _split(path: Path) -> tuple[Path | None, Path]:
     """`BASE+ADAPTER` in two; a folder whose own name has the mark stays whole."""
     text = str(path)
-    if BASE_MARK in text and not path.expanduser().is_dir():
+    if BASE_MARK in text and not expand_home(path).is_dir():
         parts = text.split(BASE_MARK)
         for number in range(1, len(parts)):
             base, adapter = (Path(BASE_MARK.join(half)) for half in (parts[:number], parts[number:]))
-            if base.expanduser().is_dir() and adapter.expanduser().is_dir():
+            if expand_home(base).is_dir() and expand_home(adapter).is_dir():
                 return base, adapter
     return None, path
 
@@ -129,7 +130,7 @@ def _named_folders(folder: AnyAdapter) -> Iterator[Path]:
 
 
 def _index_of(path: Path, opened: list[tuple[ModelSpec, Checkpoint]]) -> int:
-    resolved = path.expanduser().resolve()
+    resolved = expand_home(path).resolve()
     for index, (_, checkpoint) in enumerate(opened):
         if checkpoint.path.resolve() == resolved:
             return index
