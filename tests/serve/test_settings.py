@@ -24,7 +24,7 @@ def settings(tmp_path):
 
     def resolved(text="", *flags, parser=None, **environment):
         file = tmp_path / "config.toml"
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         return resolve(parser or create_serve_parser(), flags, environment, default_file=file)
 
     return resolved
@@ -60,6 +60,11 @@ def test_every_type_of_value_can_stand_in_a_file(settings):
     assert (values.host, values.api_keys, values.max_gpu_memory) == ("0.0.0.0", ["one", "two"], 13 * 2**30)
     assert (values.kv_cache_memory, values.ssl, values.seed, values.dtype) == (1000, True, -7, "float32")
     assert (bool(values.debug), values.allowed_origins, str(values.cluster_token_file)) == (True, ["https://a,b"], "/t")
+
+
+def test_file_may_begin_with_a_byte_order_mark(settings):
+    """As some editors write UTF-8."""
+    assert settings("\ufeffport = 3").values.port == 3
 
 
 def test_every_type_of_value_can_stand_in_the_environment(settings):

@@ -10,6 +10,7 @@ import pytest
 
 from fastchat.errors import ConfigError
 from fastchat.serve.gradio_web_server import create_page_parser, page_config
+from fastchat.web.config import read_accounts
 from tests.processes import START_LIMIT_S, free_port, run_command, start_command
 from tests.web.browser import visiting
 from tests.web.canary import call
@@ -47,6 +48,26 @@ def test_a_refused_flag_ends_the_command(flags, tmp_path):
     ended = run_command("gradio_web_server", *flags, state_dir=tmp_path)
     assert ended.returncode == 2
     assert flags[0] in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["alice:a:b, bob:c", "\ufeffalice:a:b\r\n\r\n bob:c \r\n", "alice:a:b\nbob:c"])
+def test_a_file_of_accounts_from_any_editor(tmp_path, text):
+    """Lines or commas, with either end of line, and with the mark that some editors put in front."""
+    path = tmp_path / "accounts"
+    path.write_bytes(text.encode())
+    accounts = read_accounts(path)
+    assert accounts.are_right("alice", "a:b")
+    assert accounts.are_right("bob", "c")
+    assert not accounts.are_right("alice", "a")
+
+
+@pytest.mark.parametrize("text", ["", "alice", "alice:", ":a", "alice:a\nalice:b", "# nobody\n"])
+def test_a_file_without_accounts_opens_nothing(tmp_path, text):
+    """One line that names the file."""
+    path = tmp_path / "accounts"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=str(path)):
+        read_accounts(path)
 
 
 def test_files_named_by_their_content_are_fetched_once(page_server):

@@ -65,7 +65,7 @@ def model_tables(actions: Sequence[argparse.Action], values: Mapping[str, Any]) 
 
 def _read(path: Path) -> Table:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigFileError(f"cannot read the configuration file {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

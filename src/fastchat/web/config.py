@@ -65,7 +65,7 @@ def read_accounts(path: Path) -> Accounts:
     try:
         if path.stat().st_size > MAX_AUTH_FILE_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_AUTH_FILE_BYTES} bytes; is it the file with the passwords?")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--gradio-auth-path {path} cannot be read: {error}.") from error
     passwords: dict[str, str] = {}
