@@ -12,6 +12,7 @@ from fastchat.serve.arguments import log_level
 from fastchat.serve.controller import create_controller_parser
 from fastchat.serve.gradio_web_server import create_page_parser
 from fastchat.serve.launch import Ports, create_serve_parser, process_specs
+from fastchat.serve.model_worker import create_model_worker_parser
 from fastchat.serve.openai_api_server import create_api_server_parser
 from fastchat.worker.engine_factory import EnginePlan
 from fastchat.worker.engine_process import engine_command
@@ -34,6 +35,14 @@ def test_serve_hands_the_level_on_to_all_that_it_starts(flags):
     specs = process_specs(arguments, (WORKER,), Ports(api=1, controller=2, workers=(3,), web=4))
     for spec in specs:
         assert {"--log-level=debug", "--debug=true"} & set(spec.command()), spec.name
+
+
+@pytest.mark.parametrize(("word", "level"), [("true", "DEBUG"), ("1", "DEBUG"), ("False", "INFO"), ("0", "INFO")])
+def test_the_word_behind_debug_is_obeyed(word, level):
+    """As in a file and in the environment; another word is refused."""
+    assert log_level(create_model_worker_parser().parse_args(["--model-path", "m", "--debug", word])) == level
+    with pytest.raises(SystemExit):
+        create_model_worker_parser().parse_args(["--model-path", "m", "--debug", f"{word}ly"])
 
 
 def test_an_engine_in_a_process_of_its_own_logs_what_its_worker_logs():

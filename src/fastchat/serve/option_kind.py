@@ -64,7 +64,7 @@ def kind_of(action: argparse.Action) -> OptionKind:
     if result is float:
         return OptionKind("a number", (int, float), is_repeatable=is_repeatable)
     if action.nargs == "?":
-        return OptionKind("true, false or a text", (bool, str))
+        return OptionKind("true or false", (bool, str))
     return OptionKind("a text in quotation marks", (str,), is_repeatable=is_repeatable)
 
 

@@ -27,6 +27,7 @@ from fastchat.serve.arguments import (
     flag_type,
 )
 from fastchat.serve.http_server import Listeners
+from fastchat.serve.option_kind import as_bool
 from fastchat.serve.settings import add_config_flag
 from fastchat.worker.config import EngineSpec, ModelSpec, WorkerConfig
 
@@ -137,7 +138,13 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
         help="with --adapter-dir: memory kept free for each model's adapters that are added (default: 512MiB)",
     )
     parser.add_argument(
-        "--debug", nargs="?", const="true", default="", metavar="BOOL", help="as --log-level debug (default: off)"
+        "--debug",
+        type=flag_type(_debug),
+        nargs="?",
+        const="true",
+        default="",
+        metavar="BOOL",
+        help="as --log-level debug (default: off)",
     )
     add_log_flag(parser)
 
@@ -298,6 +305,11 @@ def obey_early_flags(arguments: argparse.Namespace) -> None:
                 "worker for each."
             )
         os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpus
+
+
+def _debug(text: str) -> str:
+    """`true`, or nothing. FastChat took any word for a yes, `false` too."""
+    return "true" if as_bool(text) else ""
 
 
 def model_path(text: str) -> str:
