@@ -209,6 +209,33 @@ def test_code_tables_and_formulas_are_formatted(visit):
     visit.wait_until_answered()
 
 
+def test_dollars_that_are_no_formula_stay_what_they_are(visit, tmp_path):
+    """Prices, cells of a table, variables in several blocks of code; and formulas between and behind them."""
+    code = "```bash\ncd $HOME\n```\n\nThen:\n\n```bash\nexport PATH=$PATH:/x\n```"
+    table = "| a | b |\n|---|---|\n| tea | $5 |\n| cake | $10 |"
+    formulas = "so $x_1*y*z_1$, $$\\sum_i x_i$$ and $ a^2 $."
+    text = f"It costs $5 or $10, *not* US$7.\n\n{table}\n\n{code}\n\nUse `$1` and `$2`: {formulas}"
+    messages = [{"role": role, "content": text} for role in ("user", "assistant")]
+    path = tmp_path / "dollars.json"
+    conversations = [{"messages": messages}]
+    path.write_text(json.dumps({"format": "fastchat-conversations", "version": 1, "conversations": conversations}))
+    with visit.page.expect_file_chooser() as chooser:
+        visit.page.click("#import")
+    chooser.value.set_files(path)
+    for side in ("user", "bot"):
+        shown = visit.page.locator(f"#chat [data-testid={side}]")
+        visit.wait_for(lambda shown=shown: shown.locator(".katex").count() == 3, what="three formulas")
+        assert shown.locator(".katex-display").count() == 1
+        assert shown.locator("td").all_inner_texts() == ["tea", "$5", "cake", "$10"]
+        assert [each.strip() for each in shown.locator("pre code").all_inner_texts()] == [
+            "cd $HOME",
+            "export PATH=$PATH:/x",
+        ]
+        assert shown.locator("p code").all_inner_texts() == ["$1", "$2"]
+        assert shown.locator("em").all_inner_texts() == ["not"]
+        assert "It costs $5 or $10, not US$7." in shown.inner_text()
+
+
 def test_url_names_the_model(visit):
     """FastChat's `?model=`."""
     visit.open(f"/?model={ENDLESS}")

@@ -18,11 +18,10 @@ from fastchat.web.api_client import AnswerMark, Judgement, Message
 from fastchat.web.components import variant_of
 
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [
-    {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
-    {"left": "$", "right": "$", "display": False},
 ]
+"""In this order; `text.js` makes them of the dollars around what is a formula."""
 SHOWN_AS_TEXT = (
     *("area", "article", "aside", "audio", "base", "body", "canvas", "dialog", "embed", "fieldset", "font", "footer"),
     *("form", "frame", "frameset", "head", "header", "html", "iframe", "image", "img", "input", "label", "link"),

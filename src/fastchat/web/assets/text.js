@@ -32,6 +32,30 @@
     }
   }
 
+  // ---- dollars: between two of them may be a formula, but also two prices, two variables, two rows of a table ---------
+  // Gradio would take all of that for a formula, fences of code included. So it is told of formulas between \( and \), or
+  // \[ and \], alone, and those between dollars become such ones right before it looks for them. As in Pandoc they have no
+  // blank inside the dollars, and no digit or letter behind them; or blanks on both sides, and look like TeX.
+
+  const FENCED = /^(?:[ \t>]|[-*+] |\d{1,9}[.)] )*(`{3,}(?![^\n]*`)|~{3,})[^]*?(?:^[ \t>]*\1|(?![^]))/;
+  const INLINE_CODE = /(?<!`)(`+)(?!`)(?:(?!\n[ \t]*\n)[^])*?(?<!`)\2(?!`)/;
+  const DISPLAYED = /\$\$(?!\$)((?:(?!\n[ \t]*\n)[^])+?)\$\$/;
+  const TIGHT = /(?<![\\$\w])\$(?![\s$])((?:\\[^]|[^\\$`\n]|\n(?![ \t]*\n))*?)(?<!\s)\$(?![$\w])/;
+  const LOOSE = /(?<![\\$\w])\$(?= )(?=[^$`\n]*[\\^_=])([^$`\n]*)(?<= )\$(?![$\w])/;
+  const DOLLARS = new RegExp([FENCED, INLINE_CODE, DISPLAYED, TIGHT, LOOSE].map((each) => each.source).join("|"), "gm");
+  const GRADIO_S = /\\\[([\s\S]+?)\\\]/.source; // the first that it looks for
+
+  const replace = String.prototype.replace;
+  const withBrackets = (text) =>
+    replace.call(text, DOLLARS, (whole, _fence, _ticks, displayed, tight, loose) => {
+      if (displayed !== undefined) return `\\[${displayed}\\]`;
+      return (tight ?? loose) === undefined ? whole : `\\(${tight ?? loose}\\)`;
+    });
+  String.prototype.replace = function (pattern, by) {
+    const isSearch = pattern instanceof RegExp && pattern.source === GRADIO_S;
+    return replace.call(isSearch ? withBrackets(this) : this, pattern, by);
+  };
+
   // ---- Gradio's own labels, which know one language ------------------------------------------------------------
 
   const LABELS = {
