@@ -122,7 +122,8 @@ class ArenaTab:
             *(pane.edit(self._asking_edited(side), given, shown, **running) for side, pane in enumerate(self.panes)),
         ]
         for event in asked:
-            event.then(None, js=f"() => window.fastchat.end('{kind}')", **HIDDEN)
+            for ended in (event.then, event.failure):  # as in the chat
+                ended(None, js=f"() => window.fastchat.end('{kind}')", **HIDDEN)
         self.stop.click(None, js=f"() => window.fastchat.end('{kind}')", cancels=asked, **HIDDEN)
         for choice, button in self.votes.items():
             button.click(self._voting(choice), [self.round], [self.round, self.status, *self.heads], **HIDDEN)

@@ -105,7 +105,8 @@ class ChatTab:
             self.pane.edit(self.answer_edited, [self.pane, *settings], shown, js=begin, **self._running),
         ]
         for answer in answers:
-            answer.then(None, js="() => window.fastchat.end()", **HIDDEN)
+            for ended in (answer.then, answer.failure):  # `then` is not called after a request that failed
+                ended(None, js="() => window.fastchat.end()", **HIDDEN)
         self.stop.click(
             None, [self.pane], [self.status], js="(pane) => window.fastchat.stopped(pane)", cancels=answers, **HIDDEN
         )

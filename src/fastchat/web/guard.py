@@ -22,7 +22,7 @@ _READ = re.compile(
     r"/(?:config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|logout"
     r"|page/[a-z_-]{1,40}(?:\.[a-z]{1,5})?"
     r"|(?:assets|static)/[A-Za-z0-9_./@-]{1,200}"
-    rf"|gradio_api/(?:startup-events|theme\.css|queue/data|heartbeat/{_ID}))?"
+    rf"|gradio_api/(?:startup-events|app_id|theme\.css|queue/data|heartbeat/{_ID}))?"
 )
 _WRITTEN = re.compile(r"/gradio_api/(?:queue/join|cancel|reset/?)")
 _CLIMBS = re.compile(r"\.\.|//")

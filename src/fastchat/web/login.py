@@ -17,9 +17,9 @@ from fastchat.web.shell import ASSETS
 
 _OPEN = re.compile(
     r"/(?:login/?|logout|theme\.css|favicon\.ico|manifest\.json|robots\.txt"
-    rf"|(?:assets|static)/.*|page/(?:{'|'.join(map(re.escape, ASSETS))})|gradio_api/theme\.css)?"
+    rf"|(?:assets|static)/.*|page/(?:{'|'.join(map(re.escape, ASSETS))})|gradio_api/(?:theme\.css|app_id))?"
 )
-"""The empty page with its form, and the files that draw it."""
+"""The empty page with its form, the files that draw it, and the number by which a page finds its server again."""
 
 
 class LoginGate:

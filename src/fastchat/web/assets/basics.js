@@ -1,30 +1,39 @@
-// What the other scripts of the page share: storage, the language, elements. It runs first of them all.
+// What the other scripts of the page share: storage, the language, light and dark, elements. It runs first of them all.
 "use strict";
 (() => {
   const LANGUAGE = "fastchat.language";
+  const THEME = "fastchat.theme";
 
-  // ---- storage: a browser may forbid it, and then the page works without a memory -------------------------------
+  // ---- storage: a browser may forbid it, and then the page remembers for as long as it is open -------------------
 
-  function read(key, otherwise) {
+  const memory = new Map();
+
+  // `store` is `localStorage`, or `sessionStorage` for what is one tab's own.
+  function read(key, otherwise, store = "localStorage") {
     try {
-      const text = localStorage.getItem(key);
+      const text = memory.get(key) ?? window[store].getItem(key);
       return text === null ? otherwise : JSON.parse(text);
     } catch {
       return otherwise;
     }
   }
 
-  function write(key, value) {
+  function write(key, value, store = "localStorage") {
+    const text = JSON.stringify(value);
     try {
-      localStorage.setItem(key, JSON.stringify(value));
+      window[store].setItem(key, text);
       return true;
-    } catch {
-      tell(word("storage_full"));
-      return false;
+    } catch (error) {
+      const isFull = error instanceof DOMException && error.name !== "SecurityError";
+      if (isFull) tell(word("storage_full"));
+      else if (memory.size === 0) tell(word("storage_denied"));
+      if (!isFull) memory.set(key, text);
+      return !isFull;
     }
   }
 
   function remove(key) {
+    memory.delete(key);
     try {
       localStorage.removeItem(key);
     } catch {}
@@ -53,6 +62,32 @@
     write(LANGUAGE, language === "zh" ? "en" : "zh");
     location.reload();
   }
+
+  // ---- light and dark: chosen here, else the system's -------------------------------------------------------------
+
+  const darkSystem = window.matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (read(THEME, null) ?? (darkSystem.matches ? "dark" : "light")) === "dark";
+
+  function applyTheme() {
+    const dark = isDark();
+    document.documentElement.style.colorScheme = dark ? "dark" : "light";
+    if (document.body && document.body.classList.contains("dark") !== dark) {
+      document.body.classList.toggle("dark", dark);
+    }
+    const button = document.getElementById("theme-switch");
+    if (button) button.textContent = word(dark ? "theme_light" : "theme_dark");
+  }
+
+  function switchTheme() {
+    write(THEME, isDark() ? "light" : "dark");
+    applyTheme();
+  }
+
+  document.addEventListener("DOMContentLoaded", () => {
+    applyTheme();
+    new MutationObserver(applyTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  });
+  darkSystem.addEventListener("change", applyTheme);
 
   // ---- elements -------------------------------------------------------------------------------------------------
 
@@ -92,12 +127,16 @@
     document.getElementById(id)?.click();
   }
 
+  const notes = make("div", { id: "notes", role: "status" });
+  document.addEventListener("DOMContentLoaded", () => document.body.append(notes));
+
   function tell(text) {
-    const note = make("div", { class: "note", role: "status" }, text);
-    document.body.append(note);
+    if ([...notes.children].some((note) => note.textContent === text)) return;
+    const note = make("div", { class: "note" }, text);
+    notes.append(note);
     setTimeout(() => note.remove(), 6000);
   }
 
   const basics = { read, write, remove, word, switchLanguage, make, icon, iconButton, press, tell };
-  window.fastchat = { basics };
+  window.fastchat = { basics: { ...basics, applyTheme, switchTheme } };
 })();

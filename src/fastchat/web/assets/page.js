@@ -1,8 +1,9 @@
-// The browser's own part of the page: light and dark, the conversations and where they are kept. It runs last of our
+// The browser's own part of the page: the conversations and where they are kept, and what is pressed. It runs last of our
 // scripts, before Gradio's. `window.fastchat` is what the events of chat_tab.py call.
 "use strict";
 (() => {
   const { read, write, remove, word, switchLanguage, make, icon, iconButton, press, tell } = window.fastchat.basics;
+  const { applyTheme, switchTheme } = window.fastchat.basics;
   const { askModels, followModels, isServed, drawModelState } = window.fastchat.models;
   const { chooseModel, noteChosen, modelField, pairFields } = window.fastchat.models;
   const { JUDGEMENTS, conversationsIn, download } = window.fastchat.files;
@@ -12,30 +13,11 @@
   const ONE = "fastchat.conversation.";
   const SETTINGS = "fastchat.settings";
   const MODEL = "fastchat.model";
-  const THEME = "fastchat.theme";
   const SPEED = "fastchat.speed";
+  const CURRENT = "fastchat.current"; // this and the next are one tab's own
+  const DRAFT = "fastchat.draft";
   const SAVE_EVERY_MS = 500;
   const ASK_MODELS_EVERY_MS = 2000;
-
-  // ---- light and dark: chosen here, else the system's -------------------------------------------------------------
-
-  const darkSystem = window.matchMedia("(prefers-color-scheme: dark)");
-  const isDark = () => (read(THEME, null) ?? (darkSystem.matches ? "dark" : "light")) === "dark";
-
-  function applyTheme() {
-    const dark = isDark();
-    document.documentElement.style.colorScheme = dark ? "dark" : "light";
-    if (document.body && document.body.classList.contains("dark") !== dark) {
-      document.body.classList.toggle("dark", dark);
-    }
-    const button = document.getElementById("theme-switch");
-    if (button) button.textContent = word(dark ? "theme_light" : "theme_dark");
-  }
-
-  function switchTheme() {
-    write(THEME, isDark() ? "light" : "dark");
-    applyTheme();
-  }
 
   // ---- conversations -------------------------------------------------------------------------------------------
 
@@ -43,7 +25,7 @@
   let pending = null; // what is to be written, and the timer that will
   let timer = 0;
   let toShow = null; // what `opened` hands to Gradio
-  let returnToBox = "";
+  let returnToBox = ""; // what `opened` leaves in the message box
 
   const newId = () => `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 8)}`;
   const entries = () => read(INDEX, []).filter((entry) => entry && typeof entry.id === "string");
@@ -150,6 +132,15 @@
     return shownValues(conversation);
   }
 
+  // Another tab goes on with the conversation that is shown here: what this one keeps next has to hold that too.
+  function follow(event) {
+    drawList();
+    if (current === null || event.key !== ONE + current || document.body.classList.contains("answering")) return;
+    toShow = read(ONE + current, null);
+    returnToBox = NOTHING;
+    if (toShow !== null) press("open-switch");
+  }
+
   function rename(id) {
     const known = entries();
     const entry = known.find((each) => each.id === id);
@@ -229,9 +220,10 @@
     const kept = read(SETTINGS, {});
     const known = entries();
     const wanted = new URLSearchParams(location.search).get("model");
-    const last = sessionStorage.getItem("fastchat.current") ?? known[0]?.id;
+    const last = read(CURRENT, null, "sessionStorage") ?? known[0]?.id;
     const conversation = wanted === null && last ? read(ONE + last, null) : null;
     current = conversation === null ? null : last;
+    returnToBox = read(DRAFT, "", "sessionStorage");
     const values = shownValues(conversation ?? { messages: [] });
     const model = chooseModel(wanted ?? conversation?.model ?? read(MODEL, null));
     drawAll();
@@ -286,8 +278,7 @@
       ),
     );
     document.getElementById("no-conversations").hidden = known.length > 0;
-    if (current === null) sessionStorage.removeItem("fastchat.current");
-    else sessionStorage.setItem("fastchat.current", current);
+    write(CURRENT, current, "sessionStorage");
   }
 
   function drawAll() {
@@ -346,13 +337,18 @@
     place.append(make("label", {}, box, word("show_speed")));
   }
 
-  // Ctrl+Enter sends what is written, also the earlier message that is edited; Escape leaves that one as it was.
+  // Ctrl+Enter sends what is written, also the earlier message that is edited; Escape leaves that one as it was. While
+  // an answer comes nothing is sent: a second one would be written into the same pane.
   function useKeys(event) {
     if (event.key === "Escape") document.body.classList.remove("list-open");
     const box = event.target.closest?.(".edit-textarea, :is(#message, .message-box) textarea");
     const isSent = event.key === "Enter" && (event.ctrlKey || event.metaKey);
     const isEdit = box?.matches(".edit-textarea");
-    if (!box || event.isComposing || !(isSent || (isEdit && event.key === "Escape"))) return;
+    if (!box || event.isComposing) return;
+    const kind = box.closest(".arena")?.id.replace("-main", "");
+    const asks = isSent || (event.key === "Enter" && !event.shiftKey && !isEdit);
+    if (asks && document.body.classList.contains(answeringIn(kind))) return event.preventDefault();
+    if (!isSent && !(isEdit && event.key === "Escape")) return;
     event.preventDefault();
     if (!isEdit) press(box.closest("#message, .message-box").id.replace("message", "send"));
     else box.closest("#chat, .pane").querySelector(`[aria-label="${word(isSent ? "submit" : "cancel")}"]`)?.click();
@@ -368,22 +364,20 @@
         place.textContent = word(place.dataset.word);
       drawSpeedSwitch();
     }).observe(document.body, { childList: true, subtree: true });
-    new MutationObserver(applyTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });
-    darkSystem.addEventListener("change", applyTheme);
     document.addEventListener("keydown", useKeys);
     document.body.addEventListener("click", (event) => {
       const target = event.target.closest?.(":is(#status, .status) [data-press]"); // never one of a model's own
       if (target) press(target.dataset.press);
       else if (!event.target.closest?.("#sidebar, #bar-start")) document.body.classList.remove("list-open");
     });
-    window.addEventListener("pagehide", save);
-    window.addEventListener("storage", drawList);
+    window.addEventListener("pagehide", () => {
+      save();
+      write(DRAFT, document.querySelector("#message textarea")?.value ?? "", "sessionStorage");
+    });
+    window.addEventListener("storage", follow);
   }
 
-  document.addEventListener("DOMContentLoaded", () => {
-    applyTheme();
-    watch();
-  });
+  document.addEventListener("DOMContentLoaded", watch);
 
   Object.assign(window.fastchat, { begin, end, stopped, keep, keepSettings, opened, start });
 })();

@@ -71,6 +71,11 @@
     "chatbot conversation": "chat_pane",
   };
 
+  const TOASTS = {
+    "Connection Lost": "connection_lost",
+    "Connection to the server was lost. Attempting reconnection...": "reconnecting",
+  };
+
   function label(root) {
     for (const element of root.querySelectorAll("[aria-label]")) {
       const text = element.getAttribute("aria-label");
@@ -82,6 +87,10 @@
     for (const element of root.querySelectorAll("[title]")) {
       const key = LABELS[element.title];
       if (key) element.title = word(key);
+    }
+    for (const element of document.querySelectorAll("[data-testid=toast-body] *")) {
+      const key = TOASTS[element.textContent];
+      if (key && element.childElementCount === 0) element.textContent = word(key);
     }
   }
 
