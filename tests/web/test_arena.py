@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from fastchat.errors import RequestError
+from fastchat.web.answering import Answerer
+from fastchat.web.api_client import Message
+from fastchat.web.arena_client import Round
+from fastchat.web.arena_tab import ArenaTab
 from fastchat.web.leaderboard_tab import board_html
 from tests.web.browser import visiting
 from tests.web.conftest import DEMO, ENDLESS
@@ -146,6 +154,45 @@ def test_a_model_is_not_compared_with_itself(visit):
     visit.page.keyboard.press("Enter")
     visit.page.locator("#compare-status .notice", has_text="two different models").wait_for()
     assert visit.page.input_value("#compare-message textarea") == HELLO
+
+
+class RefusingClient:
+    """Of an API server that knows nothing of a round, or of one that is over."""
+
+    def __init__(self, code):
+        self.paths = []
+        self._code = code
+
+    async def stream_bytes(self, path, body):
+        self.paths.append(path)
+        raise RequestError("It is over.", code=self._code)
+        yield
+
+    async def post_json(self, path, body):
+        raise RequestError("It is over.", code=self._code)
+
+
+@pytest.mark.parametrize("code", ["already_voted", "round_not_found"])
+def test_after_a_round_that_is_over_comes_another(code):
+    """A vote counts even if its answer is lost; nobody has to find out why no message gets through any more."""
+    client = RefusingClient(code)
+    tab = ArenaTab("battle", None, client, Answerer(client), max_answers=None)
+
+    async def ask(the_round):
+        updates = tab.ask(HELLO, [Message("user", "Hi")], [], the_round, None, None, None, "", 0.7, 1.0, None, None)
+        return [update async for update in updates][-1]
+
+    async def vote_and_ask():
+        begun = Round(round_id="round-1", vote_token="t", can_vote=True)
+        voted, told, *_ = await tab._voting("a")(begun, None)
+        _, _, _, after, notice, *_ = await ask(begun)
+        assert (voted.is_over, after.is_over, notice) == (True, True, told)
+        return (await ask(after))[1]
+
+    with ThreadPoolExecutor(1) as pool:  # the browser's own loop runs in this thread
+        pane = pool.submit(asyncio.run, vote_and_ask()).result()
+    assert client.paths == ["/api/v1/arena/rounds/round-1/turns", "/api/v1/arena/rounds"]
+    assert pane == [Message("user", HELLO)]
 
 
 def test_the_leaderboard_shows_scores_and_intervals(visit):

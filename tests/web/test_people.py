@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from fastchat.errors import UnavailableError
+from fastchat.web.failures import failure_of
 from fastchat.web.translation import LANGUAGES, texts, translate
 from tests.web.browser import visiting
 
@@ -34,6 +36,16 @@ def test_both_tables_have_the_same_keys():
 def test_facts_with_braces_stay_as_they_are():
     """What a server said is never taken for a place to fill in."""
     assert translate("en", "error_other", detail="{model}", model="x") == "The answer failed: {model}"
+
+
+@pytest.mark.parametrize(
+    "code", ["arena_busy", "arena_unavailable", "worker_unreachable", "shutting_down", "no_worker", "worker_lost"]
+)
+def test_what_passes_is_told_in_the_reader_s_language(code):
+    """The server's own sentence is English."""
+    text = failure_of(UnavailableError("In English.", code=code), "m").text("zh")
+    assert CHINESE.search(text)
+    assert "English" not in text
 
 
 def visible_text(visit):

@@ -22,7 +22,7 @@ class Round:
     round_id: str = ""
     vote_token: str = field(default="", repr=False)
     can_vote: bool = False
-    has_voted: bool = False
+    is_over: bool = False
 
 
 @dataclass(slots=True)

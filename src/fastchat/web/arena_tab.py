@@ -31,6 +31,8 @@ VOTES = ("a", "b", "tie", "both_bad")
 _BLIND = "(drawn)"
 _UNTOLD = "unavailable"
 """The code of a side's failure in a blind round, whose cause would tell the model."""
+_OVER = frozenset({"error_voted", "error_round_gone"})
+"""What the server says of a round that takes neither turn nor vote; a vote counts even if its answer is lost."""
 _READY = '<span class="can-vote"></span>'
 
 
@@ -137,7 +139,7 @@ class ArenaTab:
         if not isinstance(text, str) or not text.strip():
             yield (gr.skip(),) * 7
             return
-        if the_round.has_voted:  # the names are known: what comes now is another round
+        if the_round.is_over:  # it is over: what comes now is another round
             pane_a, pane_b, the_round = [], [], Round()
         sides = [[*pane, Message("user", text)] for pane in (pane_a, pane_b)]
         async with aclosing(self._turn(sides, the_round, rest, language_of(request), is_retry=False)) as updates:
@@ -197,11 +199,12 @@ class ArenaTab:
             try:
                 names = await arena_client.vote(self._client, the_round, choice)
             except FastChatError as error:
-                text = failure_of(error, "").text(language)
-                return the_round, notice(text, language), gr.skip(), gr.skip()
+                failure = failure_of(error, "")
+                the_round = replace(the_round, is_over=the_round.is_over or failure.key in _OVER)
+                return the_round, notice(failure.text(language), language), gr.skip(), gr.skip()
             thanks = escape(translate(language, "voted", choice=translate(language, f"vote_{choice}")))
             told = f'<p class="told voted" role="status">{thanks}</p>'
-            return Round(has_voted=True), told, *self._headings(language, names)
+            return Round(is_over=True), told, *self._headings(language, names)
 
         return cast
 
@@ -209,7 +212,7 @@ class ArenaTab:
         self, sides: Sequence[list[Message]], the_round: Round, rest: Sequence[Any], language: Language
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """The last turn once more; after a vote the same question begins a round of its own."""
-        return self._turn(sides, Round() if the_round.has_voted else the_round, rest, language, is_retry=True)
+        return self._turn(sides, Round() if the_round.is_over else the_round, rest, language, is_retry=True)
 
     async def _turn(
         self,
@@ -244,6 +247,7 @@ class ArenaTab:
         async with aclosing(self._answerer.updates(read, failures.append, "")) as updates:
             async for _ in updates:
                 yield AS_IT_IS, *_panes(sides, answers), now, *(AS_IT_IS,) * 3
+        now.is_over = any(failure.key in _OVER for failure in failures)
         status = _outcome(answers, now, failures, language)
         yield AS_IT_IS, *_panes(sides, answers), now, status, AS_IT_IS, AS_IT_IS
 
