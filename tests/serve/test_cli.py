@@ -76,7 +76,7 @@ def test_programmatic_style_is_byte_for_byte_fastchats(model_folder):
 
 
 def test_terminal_session_in_chinese_with_ctrl_c(model_folder):
-    """The guide's session: a bar over the shards, labels, text while it is made; Ctrl-C stops an answer, then ends."""
+    """The guide's session: a bar over the shards, labels, text as it comes; Ctrl-C stops an answer, a line, all."""
     flags = ("--model-path", model_folder, *ENGINE_FLAGS, "--temperature", "0", "--max-new-tokens", "30000")
     with PtySession(MODULE, *flags) as session:
         session.wait_for(r"Loading checkpoint shards: 100%\|.*3/3")
@@ -88,6 +88,10 @@ def test_terminal_session_in_chinese_with_ctrl_c(model_folder):
         session.type("!!regen\n")
         session.wait_for("no question to answer again\n问: ")
         time.sleep(LATE_INTERRUPT_S)  # a Ctrl-C sooner after an answer is taken for the answer's
+        session.type("半句话")
+        session.wait_for("半句话")
+        session.type(CTRL_C)  # drops the line alone
+        session.wait_for("问: ")
         session.type(CTRL_C)
         assert session.wait() == 0
 

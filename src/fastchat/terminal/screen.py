@@ -60,7 +60,7 @@ class SimpleScreen(Screen):
 
     def ask(self, role: str) -> str:
         if self._has_keyboard:
-            return clean(input(f"{role}: "))
+            return clean(self._typed(f"{role}: "))
         _write(sys.stdout, f"{role}: ")
         line = sys.stdin.readline()
         if not line:
@@ -69,6 +69,16 @@ class SimpleScreen(Screen):
         text = clean(line.rstrip("\r\n"))
         _write(sys.stdout, f"{text}\n")
         return text
+
+    def _typed(self, prompt: str) -> str:
+        """The next line of the keyboard; Ctrl-C drops what stands in it, and raises where there is nothing."""
+        while True:
+            try:
+                return input(prompt)
+            except KeyboardInterrupt:
+                if not (self._shows_on_terminal and _line_so_far()):
+                    raise
+                self.notice("")
 
     def begin_answer(self, role: str) -> None:
         _write(sys.stdout, f"{role}: ")
@@ -152,6 +162,11 @@ def _prepare_line_editing() -> None:
     readline.set_completer(None)
     if "libedit" not in (readline.__doc__ or ""):
         readline.parse_and_bind("tab: self-insert")
+
+
+def _line_so_far() -> str:
+    """What is typed and not sent yet, as far as it can be known."""
+    return sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
 
 
 def _write(stream: TextIO, text: str) -> None:
