@@ -157,14 +157,13 @@ def test_a_board_is_kept_until_the_next_vote(with_arena):
 
 
 def test_rounds_without_a_vote_are_forgotten_and_voted_ones_kept(with_arena):
-    """After the lifetime, with their texts."""
+    """After the lifetime, with their texts, by the next one that begins: few rounds are not kept longer than many."""
 
     async def use(arena):
         state, _ = await arena.records.begin_round(["x", "y"], is_blind=True, tenant="t")
         await arena.play("x", "y", "a")
         arena.clock.now += 8 * 24 * 3600
-        for _ in range(300):
-            await arena.records.begin_round(["x", "y"], is_blind=True, tenant="t")
+        await arena.records.begin_round(["x", "y"], is_blind=True, tenant="t")
         rows = await arena.reader.run(
             lambda db: db.execute(
                 "SELECT round_id FROM rounds WHERE is_voted OR round_id = ?", (state.round_id,)

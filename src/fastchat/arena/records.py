@@ -29,6 +29,7 @@ MAX_TURNS = 100
 MAX_UNVOTED_ROUNDS = 100_000
 UNVOTED_LIFETIME_S = 7 * 24 * 3600.0
 _PRUNE_EVERY = 256
+_PRUNE_EVERY_S = 3600.0
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rounds (
@@ -96,6 +97,7 @@ class ArenaRecords:
         self._logs_text = logs_text
         self._clock = clock
         self._num_begun = 0
+        self._pruned_at = float("-inf")
 
     async def begin_round(self, models: Sequence[str], *, is_blind: bool, tenant: str) -> tuple[RoundState, str]:
         """A new round and its vote token, of which only a digest is kept."""
@@ -103,8 +105,9 @@ class ArenaRecords:
         token = secrets.token_urlsafe(24)
         now = self._clock()
         row = (state.round_id, _token_digest(token), tenant, now, json.dumps(models), is_blind)
-        prunes = self._num_begun % _PRUNE_EVERY == 0
+        prunes = self._num_begun % _PRUNE_EVERY == 0 or now - self._pruned_at >= _PRUNE_EVERY_S
         self._num_begun += 1
+        self._pruned_at = now if prunes else self._pruned_at
 
         def work(connection: sqlite3.Connection) -> None:
             if prunes:
