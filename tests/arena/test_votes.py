@@ -206,6 +206,20 @@ def test_a_locked_file_is_a_503_until_it_is_free(client, tmp_path):
     assert client.vote(client.begin(), "tie")[0] == 200
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_taken_away_takes_no_vote(client, tmp_path, replaced):
+    """Nobody is thanked for a vote that no file has; moved back, it is used again."""
+    path = tmp_path / "arena.sqlite"
+    events = client.begin()
+    path.rename(tmp_path / "elsewhere")
+    if replaced:
+        path.touch()
+    for status, document in (client.vote(events, "a"), client.get("/api/v1/leaderboard")):
+        assert (status, document["error"]["code"]) == (503, "arena_unavailable")
+    (tmp_path / "elsewhere").rename(path)
+    assert client.vote(events, "a")[0] == 200
+
+
 def test_votes_outlive_the_server_and_the_file_is_private(cluster, workers, tmp_path):
     """A restarted server has the votes, and takes the vote of a round that was answered before."""
     path = tmp_path / "arena.sqlite"

@@ -39,6 +39,7 @@ class Database:
         # A writer takes its lock first: one that has read already would be refused after another process wrote.
         self._begin = "BEGIN IMMEDIATE" if writes else "BEGIN"
         self._connection: sqlite3.Connection | None = None
+        self._opened_file: tuple[int, int] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="arena database")
         self._num_waiting = 0
 
@@ -89,6 +90,8 @@ class Database:
         self._num_waiting -= 1
 
     def _in_transaction(self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+        if _identity(self._path) != self._opened_file:  # SQLite would go on with it, and what it writes would be lost
+            raise sqlite3.OperationalError("the file was moved or deleted; start the API server again for a new one")
         with connection:  # commits, or rolls back what an error left half done
             connection.execute(self._begin)
             return work(connection)
@@ -105,7 +108,17 @@ class Database:
         except sqlite3.Error:
             connection.close()
             raise
+        self._opened_file = _identity(self._path)
         return connection
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file lies there; None where none can be seen."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 def _unavailable() -> UnavailableError:
