@@ -1,11 +1,13 @@
 """Laws of who may vote, what is kept and shown, and what a broken file may break: the arena alone."""
 
 import sqlite3
+from contextlib import closing
 
 import orjson
 import pytest
 
 from tests.arena.conftest import MESSAGES, events_of, serving, text_of
+from tests.processes import run_command
 
 NAMES = ["apple-7b", "berry-9b"]
 ROUNDS = "/api/v1/arena/rounds"
@@ -218,6 +220,18 @@ def test_a_file_that_was_taken_away_takes_no_vote(client, tmp_path, replaced):
         assert (status, document["error"]["code"]) == (503, "arena_unavailable")
     (tmp_path / "elsewhere").rename(path)
     assert client.vote(events, "a")[0] == 200
+
+
+def test_another_program_s_file_is_read_as_no_votes_and_left_as_it_is(tmp_path):
+    """`fastchat votes` makes no tables in it."""
+    path = tmp_path / "other.sqlite"
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("CREATE TABLE things (name)")
+    before = path.read_bytes()
+    ended = run_command("votes_command", "--file", path, state_dir=tmp_path)
+    assert (ended.returncode, ended.stdout) == (69, "")
+    assert ended.stderr.splitlines()[-1] == f"error: {path} cannot be read as votes; the line above has the cause."
+    assert path.read_bytes() == before
 
 
 def test_votes_outlive_the_server_and_the_file_is_private(cluster, workers, tmp_path):

@@ -30,7 +30,7 @@ _log = structlog.stdlib.get_logger(__name__)
 class Database:
     """A connection and its thread. `open` first, `close` at the end, also after an `open` that failed.
 
-    Several may have one file open; only one of this process should write.
+    Several may have one file open; only one of this process should write, and it alone makes the file and its tables.
     """
 
     def __init__(self, path: Path, schema: str, *, writes: bool) -> None:
@@ -38,6 +38,7 @@ class Database:
         self._schema = schema
         # A writer takes its lock first: one that has read already would be refused after another process wrote.
         self._begin = "BEGIN IMMEDIATE" if writes else "BEGIN"
+        self._writes = writes
         self._connection: sqlite3.Connection | None = None
         self._opened_file: tuple[int, int] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="arena database")
@@ -52,7 +53,7 @@ class Database:
         return self._connection is not None
 
     async def open(self) -> None:
-        """Open the file and make its tables. A failure is logged, and met again by every `run`."""
+        """Open the file. A failure is logged, and met again by every `run`."""
         try:
             self._connection = await asyncio.get_running_loop().run_in_executor(self._thread, self._open)
         except (sqlite3.Error, OSError) as error:
@@ -97,14 +98,18 @@ class Database:
             return work(connection)
 
     def _open(self) -> sqlite3.Connection:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # for the owner alone, before SQLite opens it
+        if self._writes:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # for the owner alone, before SQLite opens it
         connection = sqlite3.connect(self._path, timeout=LOCK_LIMIT_S, check_same_thread=False, isolation_level=None)
         try:
-            # WAL without a flush per commit: a killed process loses nothing, a power failure the last moments.
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.executescript(self._schema)
+            if self._writes:
+                # WAL without a flush per commit: a killed process loses nothing, a power failure the last moments.
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=NORMAL")
+                connection.executescript(self._schema)
+            else:
+                connection.execute("PRAGMA query_only=ON")
         except sqlite3.Error:
             connection.close()
             raise

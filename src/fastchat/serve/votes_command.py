@@ -13,7 +13,7 @@ from fastchat.arena.database import Database
 from fastchat.arena.records import SCHEMA
 from fastchat.arena.vote_log import VoteLog
 from fastchat.config import read_environment
-from fastchat.errors import ConfigError
+from fastchat.errors import ConfigError, UnavailableError
 from fastchat.ops.logs import configure_logging
 from fastchat.serve.arguments import EXIT_FAILURE, create_parser, run_command
 from fastchat.serve.openai_api_server import ARENA_FILE
@@ -54,6 +54,8 @@ async def _write_all(path: Path) -> None:
         async for lines in await VoteLog(database).export(tenant=None):
             sys.stdout.write(lines.decode())
         sys.stdout.flush()
+    except UnavailableError:
+        raise UnavailableError(f"{path} cannot be read as votes; the line above has the cause.") from None
     finally:
         await database.close()
 
