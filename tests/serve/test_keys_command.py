@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from rich.cells import cell_len
 
 from tests.processes import run_command, start_command
 
@@ -133,10 +134,11 @@ def test_what_cannot_be_done_is_one_line(keys, words, hint):
 
 
 def test_list_shows_until_when_a_key_holds(keys):
-    """For people, one line each."""
-    keys("create", "--name", "short", "--expires", "2h")
+    """For people, one line each, in columns also where a name is Chinese."""
+    keys("create", "--name", "张三的笔记本", "--expires", "2h")
     keys("create", "--name", "long", "--expires", "2099-01-31")
     lines = keys("list").stdout.splitlines()
     assert lines[0].split() == ["ID", "NAME", "MAY", "STATE", "CREATED", "EXPIRES", "LAST", "USED"]
     assert any("long" in line and "2099-01-31 00:00Z" in line for line in lines[1:])
     assert all(" valid " in line for line in lines[1:])
+    assert len({cell_len(line[: line.index(" ask ")]) for line in lines[1:]}) == 1

@@ -14,7 +14,7 @@ from fastchat.gateway.app import create_api_app
 from fastchat.gateway.config import ApiServerConfig
 from fastchat.gateway.controller_app import ControllerConfig, create_controller_app
 from fastchat.ops.key_store import KeyStore
-from fastchat.serve.model_control_command import table_lines
+from fastchat.serve.columns import table_lines
 from tests.processes import free_port, run_command
 from tests.worker.conftest import TOKEN, serving, slowed_down, wait_until, worker_config
 

@@ -15,6 +15,7 @@ from fastchat.config import read_environment
 from fastchat.errors import ConfigError
 from fastchat.ops.key_store import KEY_PREFIX, STORE_FILE_NAME, KeyStore, StoredKey
 from fastchat.serve.arguments import create_parser, flag_type, run_command
+from fastchat.serve.columns import table_lines
 
 _MAX_NAME_CHARACTERS = 64
 _DURATION = re.compile(r"(?P<number>[0-9]{1,6})(?P<unit>[mhdw])")
@@ -118,10 +119,7 @@ def _as_json(keys: Sequence[StoredKey]) -> str:
 def _as_table(keys: Sequence[StoredKey]) -> str:
     if not keys:
         return "There is no key; make one with `fastchat keys create`.\n"
-    rows = [_HEADINGS, *map(_row, keys)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "".join(line.rstrip() + "\n" for line in lines)
+    return "".join(f"{line}\n" for line in table_lines([_HEADINGS, *map(_row, keys)]))
 
 
 def _row(key: StoredKey) -> tuple[str, ...]:

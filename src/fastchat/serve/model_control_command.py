@@ -7,16 +7,14 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
-
-from rich.cells import cell_len
 
 from fastchat.cluster.contract import ADAPTERS, MODEL_ACTIONS, MODEL_CONTROL_PATH
 from fastchat.errors import ConfigError, UnavailableError
 from fastchat.serve.arguments import flag_type
 from fastchat.serve.chat import add_server_flags, server_of
+from fastchat.serve.columns import table_lines
 from fastchat.serve.sizes import size_text
 from fastchat.terminal.http_connection import HttpConnection
 
@@ -97,14 +95,6 @@ def run_control(arguments: argparse.Namespace) -> int:
     else:
         sys.stdout.write("No worker serves a model now.\n")
     return 0
-
-
-def table_lines(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns as wide as a terminal shows their widest cell: a Chinese character takes two places."""
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(padded).rstrip()
 
 
 async def _ask(arguments: argparse.Namespace, base_url: str, api_key: str | None) -> Row:
