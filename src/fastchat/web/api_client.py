@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import aiohttp
@@ -205,5 +206,10 @@ class ApiClient:
 
 
 def as_messages(system: str, turns: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages of a request: the system prompt, if there is one, and the turns."""
-    return (*((Message("system", system),) if system.strip() else ()), *turns)
+    """The messages of a request: the system prompt, if there is one, and the turns.
+
+    What one speaker says twice in a row is one message: a question whose answer was stopped or failed before its first
+    word, and the one after it. Many prompt formats refuse two questions without an answer between them.
+    """
+    said = [(role, "\n\n".join(turn.text for turn in run)) for role, run in groupby(turns, lambda turn: turn.role)]
+    return (*((Message("system", system),) if system.strip() else ()), *(Message(*each) for each in said))

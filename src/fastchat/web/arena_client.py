@@ -9,7 +9,7 @@ from typing import Any
 
 from fastchat.api.answer_reader import MAX_EVENT_BYTES
 from fastchat.errors import FastChatError, UnavailableError
-from fastchat.web.api_client import ApiClient, Message
+from fastchat.web.api_client import ApiClient, Message, as_messages
 
 SIDES = ("a", "b")
 
@@ -62,9 +62,9 @@ def turn_body(
     sides: Mapping[str, list[Message]], options: Mapping[str, Any], *, system: str
 ) -> dict[str, Any]:  # Any: JSON
     """The body of a turn: each side has its own conversation."""
-    first = [{"role": "system", "content": system}] if system.strip() else []
     messages = {
-        side: first + [{"role": turn.role, "content": turn.text} for turn in turns] for side, turns in sides.items()
+        side: [{"role": message.role, "content": message.text} for message in as_messages(system, turns)]
+        for side, turns in sides.items()
     }
     return {"side_messages": messages, **{name: value for name, value in options.items() if value is not None}}
 

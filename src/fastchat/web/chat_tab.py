@@ -203,9 +203,11 @@ def _status(answer: Answer, language: Language) -> Any:  # Any: HTML, or the mar
     facts = answer.facts
     if facts.finish_reason is None:
         return AS_IT_IS
-    cut_off = (
-        notice(translate(language, "cut_off"), language, can_retry=False) if facts.finish_reason == "length" else ""
-    )
+    told = ""
+    if facts.finish_reason == "length":
+        told = notice(translate(language, "cut_off"), language, can_retry=False)
+    elif not answer.text.strip():
+        told = notice(translate(language, "empty_answer"), language, can_retry=True)
     generated = facts.num_generated_tokens or 0
     writing_s = facts.total_s - (facts.first_text_s or 0.0)
     line = translate(
@@ -217,4 +219,4 @@ def _status(answer: Answer, language: Language) -> Any:  # Any: HTML, or the mar
         first=f"{facts.first_text_s or facts.total_s:.2f}",
         speed=f"{(generated - 1) / writing_s:.1f}" if generated > 1 and writing_s > 0 else "–",
     )
-    return f'{cut_off}<p class="speed">{escape(line)}</p>'
+    return f'{told}<p class="speed">{escape(line)}</p>'
