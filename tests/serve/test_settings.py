@@ -62,6 +62,17 @@ def test_every_type_of_value_can_stand_in_a_file(settings):
     assert (bool(values.debug), values.allowed_origins, str(values.cluster_token_file)) == (True, ["https://a,b"], "/t")
 
 
+def test_paths_may_begin_at_home(settings, tmp_path, monkeypatch):
+    """In a file no shell puts the folder in its place; a secret's file is named by a variable."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    text = 'cluster-token-file = "~/token"\ngradio-auth-path = "~/accounts"'
+    values = settings(text, FASTCHAT_API_KEYS_FILE="~/keys").values
+    assert values.cluster_token_file == tmp_path / "token"
+    assert values.gradio_auth_path == tmp_path / "accounts"
+    assert values.api_keys == ["one", "two"]
+
+
 def test_file_may_begin_with_a_byte_order_mark(settings):
     """As some editors write UTF-8."""
     assert settings("\ufeffport = 3").values.port == 3

@@ -22,7 +22,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import structlog
 
 from fastchat.cluster.token import load_cluster_token, read_token_file
-from fastchat.config import Environment, TlsFiles, is_loopback, parse_host, parse_port, parse_url
+from fastchat.config import Environment, TlsFiles, expand_home, is_loopback, parse_host, parse_port, parse_url
 from fastchat.engine.client import ENGINE_THREAD_NAME
 from fastchat.errors import CheckpointError, ConfigError, ConfigFileError, FastChatError, UnavailableError
 from fastchat.supervisor.parent_link import tell_error, watch_parent
@@ -78,7 +78,7 @@ def add_security_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cluster-token-file",
-        type=Path,
+        type=flag_type(expand_home),
         metavar="PATH",
         help="file with the cluster token (default: FASTCHAT_CLUSTER_TOKEN, else the state directory's cluster-token)",
     )

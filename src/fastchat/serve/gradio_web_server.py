@@ -10,12 +10,11 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import structlog
 
-from fastchat.config import is_loopback, parse_host, parse_port, parse_url
+from fastchat.config import expand_home, is_loopback, parse_host, parse_port, parse_url
 from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import (
     add_address_flags,
@@ -121,7 +120,7 @@ def _add_exposure_flags(parser: argparse.ArgumentParser) -> None:
     """Who may use the page, and where others see it."""
     parser.add_argument(
         "--gradio-auth-path",
-        type=Path,
+        type=flag_type(expand_home),
         metavar="FILE",
         help="who may use the page: a file of name:password lines (default: everyone who reaches it)",
     )

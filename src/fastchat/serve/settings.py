@@ -135,7 +135,7 @@ def _read_environment(actions: Sequence[argparse.Action], environment: Mapping[s
         text = environment.get(name)
         if text is None and _is_secret(name) and f"{name}_FILE" in environment:
             name = f"{name}_FILE"
-            text = _secret(name, Path(environment[name]))
+            text = _secret(name, expand_home(environment[name]))
         if text is None:
             continue
         if (reason := refusal_of(action)) is not None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from fastchat.arena.database import Database
 from fastchat.arena.records import SCHEMA
 from fastchat.arena.vote_log import VoteLog
-from fastchat.config import read_environment
+from fastchat.config import expand_home, read_environment
 from fastchat.errors import ConfigError, UnavailableError
 from fastchat.ops.logs import configure_logging
-from fastchat.serve.arguments import EXIT_FAILURE, create_parser, run_command
+from fastchat.serve.arguments import EXIT_FAILURE, create_parser, flag_type, run_command
 from fastchat.serve.openai_api_server import ARENA_FILE
 
 
@@ -27,7 +27,10 @@ def create_votes_parser() -> argparse.ArgumentParser:
     )
     parser.prog = "fastchat votes"
     parser.add_argument(
-        "--file", type=Path, metavar="PATH", help=f"the records (default: {ARENA_FILE} in the state directory)"
+        "--file",
+        type=flag_type(expand_home),
+        metavar="PATH",
+        help=f"the records (default: {ARENA_FILE} in the state directory)",
     )
     return parser
 
