@@ -23,6 +23,8 @@ FLAGS = (
 )
 ABOUT_A_FORMULA = ("LaTeX-incompatible input", "No character metrics")
 """KaTeX's remarks on a formula that it shows all the same: a model may write any text between two dollar signs."""
+AS_IT_LEAVES = "AbortError"
+"""Of Gradio, when a page that is left ends its own stream of events: thrown, or written to the console."""
 WIDE = {"width": 1280, "height": 800}
 LIMIT_MS = 60_000
 
@@ -149,11 +151,12 @@ class Visit:
                 self.page.wait_for_timeout(50)
 
     def _note_error(self, error: Exception) -> None:
-        if "AbortError" not in str(error):  # of Gradio, when a page that is left ends its own stream of events
+        if AS_IT_LEAVES not in str(error):
             self.complaints.append(f"error: {error}")
 
     def _note_console(self, message: ConsoleMessage) -> None:
-        if message.type in {"error", "warning"} and not message.text.startswith(ABOUT_A_FORMULA):
+        is_remark = message.text.startswith((*ABOUT_A_FORMULA, AS_IT_LEAVES))
+        if message.type in {"error", "warning"} and not is_remark:
             self.complaints.append(f"{message.type}: {message.text}")
 
     def _note_request(self, request: Request) -> None:
