@@ -1,5 +1,6 @@
 """Laws of choosing the next token, against plain definitions."""
 
+import gc
 import math
 
 import pytest
@@ -117,6 +118,23 @@ def test_penalties_count_tokens_as_they_come_and_are_forgotten():
     assert sampler.num_tracked == 1
     sampler.forget(sequence)
     assert sampler.num_tracked == 0
+
+
+def test_penalties_cost_memory_by_a_sequences_tokens_and_not_by_the_vocabulary():
+    """Twenty answers over a large vocabulary keep a few kilobytes, which no memory plan has to know."""
+    vocab_size, sampler = 150_000, Sampler(150_000)
+    sequences = [make_sequence(name=str(number), repetition_penalty=1.1) for number in range(20)]
+    logits = torch.randn(len(sequences), vocab_size, generator=torch.Generator().manual_seed(1))
+    before = bytes_of_tensors()
+    for _ in range(50):
+        for sequence, token in zip(sequences, sampler.sample(sequences, logits), strict=True):
+            sequence.token_ids.append(token.token_id)
+    assert bytes_of_tensors() - before < 20 * 4096
+
+
+def bytes_of_tensors() -> int:
+    gc.collect()
+    return sum(each.nbytes for each in gc.get_objects() if type(each) is torch.Tensor)
 
 
 def test_random_numbers_are_uniform_and_named_by_seed_choice_and_position():

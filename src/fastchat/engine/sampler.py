@@ -7,6 +7,7 @@ order: nothing else in the process moves it, so a seeded text is the same alone,
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -84,7 +85,7 @@ class Sampler:
     def _note(self, sequence: Sequence, token_id: int, logits: Tensor, row: int) -> SampledToken:
         """Count a sequence's new token, and describe it where that is wanted."""
         if sequence.sequence_id in self._token_counts:
-            self._token_counts[sequence.sequence_id].output[token_id] += 1
+            self._token_counts[sequence.sequence_id].add(token_id)
         num_top = sequence.sampling.top_logprobs
         if num_top is None:
             return SampledToken(token_id)
@@ -142,31 +143,45 @@ class Sampler:
         """Repetition as in CTRL (arXiv:1909.05858) over prompt and answer; presence and frequency over the answer."""
         counts = self._token_counts.get(sequence.sequence_id)
         if counts is None:
-            counts = _TokenCounts.of(sequence, self._vocab_size, row.device)
-            self._token_counts[sequence.sequence_id] = counts
+            counts = self._token_counts[sequence.sequence_id] = _TokenCounts.of(sequence, row.device)
         sampling = sequence.sampling
+        ids, in_answer = (tensor[: len(counts.places)] for tensor in (counts.ids, counts.in_answer))
+        values = row.index_select(0, ids)
         if sampling.repetition_penalty != 1.0:
             penalty = sampling.repetition_penalty
-            seen = counts.is_in_prompt | (counts.output > 0)
-            row.copy_(torch.where(seen, torch.where(row > 0, row / penalty, row * penalty), row))
-        row -= sampling.frequency_penalty * counts.output
-        row -= sampling.presence_penalty * (counts.output > 0)
+            values = torch.where(values > 0, values / penalty, values * penalty)
+        values -= sampling.frequency_penalty * in_answer
+        values -= sampling.presence_penalty * (in_answer > 0)
+        row.index_copy_(0, ids, values)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _TokenCounts:
-    """Which ids a sequence has, dense, so that a step costs the same however long the answer is. # (vocab_size,)"""
+    """The different ids of a sequence, by their `places`: few of a vocabulary's. Tensors may have room for more."""
 
-    is_in_prompt: Tensor
-    output: Tensor
+    places: dict[int, int]
+    ids: Tensor
+    """# (at least len(places),)"""
+    in_answer: Tensor
+    """How often the answer has each, in float32. # (at least len(places),)"""
 
     @classmethod
-    def of(cls, sequence: Sequence, vocab_size: int, device: torch.device) -> _TokenCounts:
-        ids = torch.tensor(sequence.token_ids, device=device)
-        is_in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        is_in_prompt[ids[: sequence.num_prompt_tokens]] = True
-        output = torch.bincount(ids[sequence.num_prompt_tokens :], minlength=vocab_size).float()
-        return cls(is_in_prompt, output)
+    def of(cls, sequence: Sequence, device: torch.device) -> _TokenCounts:
+        places = {token_id: place for place, token_id in enumerate(dict.fromkeys(sequence.token_ids))}
+        counts = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
+        (ids,) = send([list(places)], device)
+        (in_answer,) = send_floats([[counts[token_id] for token_id in places]], device)
+        return cls(places, ids, in_answer.float())
+
+    def add(self, token_id: int) -> None:
+        """The answer goes on with it."""
+        place = self.places.setdefault(token_id, len(self.places))
+        if place == len(self.ids):
+            self.ids, self.in_answer = (
+                torch.cat((each, torch.zeros_like(each))) for each in (self.ids, self.in_answer)
+            )
+        self.ids[place].fill_(token_id)
+        self.in_answer[place].add_(1.0)
 
 
 def describe_tokens(logits: Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogprobs]:
