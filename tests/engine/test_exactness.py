@@ -260,6 +260,23 @@ def test_long_embeddings_are_those_of_one_piece(glm):
     assert all(max_difference(whole, vector) < 1e-6 for vector in chunked)
 
 
+@pytest.mark.skipif(not native_attention.is_available(torch.float32), reason="there are no kernels here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bit_of_an_embedding_depends_on_where_its_input_is_cut(dtype):
+    """The same text has the same vector, however busy the engine is."""
+    model = make_model("qwen2", dtype)
+    make_lean(model)
+    prompts = [tuple(3 + (place * 7 + number) % 500 for place in range(MAX_ROWS - 1)) for number in range(5)]
+    requests = [
+        SequenceRequest(str(number), prompt, SamplingParams(max_tokens=0), wants_embedding=True)
+        for number, prompt in enumerate(prompts)
+    ]
+    whole, *cut = [
+        run_all(make_engine(model, max_batch_tokens=size), requests) for size in (MAX_ROWS - 1, 5, 7, 16, 30)
+    ]
+    assert all(events == whole for events in cut)
+
+
 def max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Between the two directions."""
     return float((one / one.norm() - other / other.norm()).abs().max())

@@ -299,7 +299,7 @@ class Engine:
             total = hidden_sum if item.start == 0 else self._hidden_sums[sequence.sequence_id] + hidden_sum
             self._hidden_sums[sequence.sequence_id] = total
             if item.is_last_chunk:
-                mean = total / len(sequence.token_ids)
+                mean = (total / len(sequence.token_ids)).float()
                 events.append(self._finish(sequence, FinishReason.STOP, embedding=tuple(mean.tolist())))
         return events
 

@@ -42,7 +42,7 @@ class StepOutput:
     prompt_hidden: list[tuple[ScheduledSequence, Tensor]] = field(default_factory=list)
     """For sequences that want their logits: a row for each place of the chunk. # (num_tokens, hidden_size)"""
     hidden_sums: list[tuple[Sequence, Tensor]] = field(default_factory=list)
-    """For embeddings: the chunk's final hidden states added up, in float32. # (hidden_size,)"""
+    """For embeddings: the chunk's final hidden states added up, in float64. # (hidden_size,)"""
 
 
 class ModelRunner:
@@ -165,7 +165,7 @@ class ModelRunner:
         for item, span in zip(batch.scheduled, spans, strict=True):
             rows = slice(span.query_start, span.query_start + span.num_queries)
             if item.sequence.request.wants_embedding:
-                hidden_sums.append((item.sequence, hidden_states[rows].float().sum(dim=0)))
+                hidden_sums.append((item.sequence, _sum_of(hidden_states[rows])))
                 continue
             if item.sequence.wants_prompt_logprobs:
                 prompt_hidden.append((item, hidden_states[rows]))
@@ -246,6 +246,13 @@ class KVShape:
     def bytes_per_token(self) -> int:
         """Keys and values of all layers for one token."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_element
+
+
+def _sum_of(rows: Tensor) -> Tensor:
+    """(num_tokens, hidden_size) added up so exactly that it shows in no float32 where a prompt was cut."""
+    if rows.device.type == "mps":  # which lacks float64
+        rows = rows.cpu()
+    return rows.sum(dim=0, dtype=torch.float64)
 
 
 def _grouped_by_adapter(batch: ScheduledBatch) -> ScheduledBatch:
