@@ -314,3 +314,14 @@ def test_logits_that_are_not_numbers_end_only_their_sequence(glm):
     assert [answer_ids(events[str(index)]) for index in range(len(prompts))] == expected
     again = run_all(engine, [greedy((*range(3, 20), 400), "bad")])["bad"]
     assert again[0].num_cached_tokens == 0
+
+
+def test_nothing_of_a_prompt_that_fails_late_is_cached():
+    """Its first part may have been wrong before anybody could see it; who shares it must not share that."""
+    model = make_model("glm")
+    model.get_input_embeddings().weight[400] = torch.nan
+    engine = make_engine(model, max_batch_tokens=16)
+    for _ in range(2):
+        (event,) = run_all(engine, [greedy((400, *range(3, 50)), "bad")])["bad"]
+        assert event.finish_reason is FinishReason.ERROR
+        assert event.num_cached_tokens == 0

@@ -94,6 +94,12 @@ class BlockPool:
             self._hash_of_block[block_id] = block_hash
             self._block_of_hash[block_hash] = block_id
 
+    def unpublish(self, block_ids: Iterable[int]) -> None:
+        """Let nobody find these held blocks any more: what they contain may be wrong."""
+        for block_id in block_ids:
+            if self._hash_of_block[block_id] is not None:
+                self._forget(block_id)
+
     def release(self, block_ids: Sequence[int]) -> None:
         """Give blocks back. The end of a prefix is evicted before its beginning."""
         for block_id in reversed(block_ids):

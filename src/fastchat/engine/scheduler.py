@@ -115,7 +115,7 @@ class Scheduler:
         return ScheduledBatch(tuple(scheduled))
 
     def advance(self, batch: ScheduledBatch, failed: Iterable[Sequence] = ()) -> None:
-        """Note that a step was computed; full blocks become known to the prefix cache, but not those of `failed`.
+        """Note that a step was computed; full blocks become known to the prefix cache, and those of `failed` unknown.
 
         Sequences have their new tokens already; what was kept of a draft is computed too, the rest was never there.
         """
@@ -126,7 +126,9 @@ class Scheduler:
                 item.sequence.num_computed_tokens = max(item.end, len(item.sequence.token_ids) - 1)
                 num_kept = item.sequence.num_computed_tokens - item.end
                 self.drafter.note(item.sequence, len(item.draft), num_kept)
-            if self._prefix_caching and id(item.sequence) not in excluded:
+            if id(item.sequence) in excluded:
+                self.pool.unpublish(item.sequence.block_ids)  # an earlier chunk may have been wrong already
+            elif self._prefix_caching:
                 self._publish_full_blocks(item)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
