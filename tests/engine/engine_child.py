@@ -20,17 +20,26 @@ def make_roomy_engine(model):
     return make_engine(model, max_context=MAX_CONTEXT, num_blocks=MAX_CONTEXT // 4)
 
 
+def hang(*_):
+    say("hanging")
+    threading.Event().wait()
+
+
+def say(word: str):
+    sys.stdout.write(f"{word}\n")
+    sys.stdout.flush()
+
+
 def make(behaviour: str):
     if behaviour == "fails":
         raise CheckpointError("the folder is empty; copy a model into it")
     if behaviour == "loads for ever":
-        sys.stdout.write("loading\n")
-        sys.stdout.flush()
+        say("loading")
         threading.Event().wait()
     torch.set_num_threads(1)
     model = make_model("glm")
     if behaviour == "hangs":
-        model.get_input_embeddings().register_forward_pre_hook(lambda *_: threading.Event().wait())
+        model.get_input_embeddings().register_forward_pre_hook(hang)
     return make_roomy_engine(model)
 
 
@@ -40,4 +49,4 @@ if __name__ == "__main__":
     parser.add_argument("--behaviour", default="well")
     arguments = parser.parse_args()
     with socket.socket(fileno=arguments.engine_fd) as connection:
-        serve_engine(connection, lambda: make(arguments.behaviour))
+        serve_engine(connection, lambda: make(arguments.behaviour), close_timeout_s=1.0)

@@ -5,6 +5,8 @@ import contextlib
 import gc
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import weakref
@@ -12,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 
+from fastchat.engine import wire
 from fastchat.engine.client import EngineClient
 from fastchat.engine.events import FinishReason, SequenceRequest
 from fastchat.engine.process_client import ProcessEngineClient
@@ -336,6 +339,22 @@ def test_a_killed_engine_process_ends_its_streams():
             assert not client.is_alive
 
     asyncio.run(main())
+
+
+def test_an_engine_process_that_hangs_ends_with_its_worker():
+    """Nobody else would end it, and it holds the device's memory."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [*CHILD, "--behaviour", "hangs", "--engine-fd", str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True)
+    with process:
+        try:
+            with ours:
+                ours.sendall(wire.pack(["add", wire.encode_request(request("a"))]))
+                assert process.stdout.readline() == "hanging\n"
+            assert process.wait(60) == 1
+        finally:
+            process.kill()
 
 
 def test_progress_grows_within_a_step(runner, client):

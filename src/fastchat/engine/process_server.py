@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from dataclasses import replace
 
 from fastchat.engine import wire
 from fastchat.engine.adapters import AdapterOrder
+from fastchat.engine.client import CLOSE_TIMEOUT_S
 from fastchat.engine.engine import Engine
 from fastchat.engine.engine_loop import Abort, EngineLoop, Stop
 from fastchat.engine.events import EngineStats, SequenceEvent
@@ -25,8 +27,13 @@ logger = logging.getLogger(__name__)
 _SIGN_OF_LIFE_S = 0.5
 
 
-def serve_engine(connection: socket.socket, make_engine: Callable[[], Engine]) -> None:
-    """Serve one engine until the parent says stop or goes away. Failing to make the engine is told to the parent."""
+def serve_engine(
+    connection: socket.socket, make_engine: Callable[[], Engine], *, close_timeout_s: float = CLOSE_TIMEOUT_S
+) -> None:
+    """Serve one engine until the parent says stop or goes away. Failing to make the engine is told to the parent.
+
+    A step that goes on for longer than `close_timeout_s` after that ends with the process.
+    """
     try:
         engine = make_engine()
     except FastChatError as error:
@@ -36,13 +43,14 @@ def serve_engine(connection: socket.socket, make_engine: Callable[[], Engine]) -
         logger.exception("the model could not be loaded")
         connection.sendall(wire.pack(["failed", "engine", "the model could not be loaded; the log has the cause"]))
         raise
-    _EngineServer(connection, engine).run()
+    _EngineServer(connection, engine, close_timeout_s).run()
 
 
 class _EngineServer:
-    def __init__(self, connection: socket.socket, engine: Engine) -> None:
+    def __init__(self, connection: socket.socket, engine: Engine, close_timeout_s: float) -> None:
         self._connection = connection
         self._engine = engine
+        self._close_timeout_s = close_timeout_s
         self._loop = EngineLoop(engine, self._emit, settle=self._note_settled)
         self._last_stats = engine.stats
         self._send_lock = threading.RLock()
@@ -93,6 +101,9 @@ class _EngineServer:
                             return
         finally:
             self._loop.inbox.put(Stop())
+            if not self._has_ended.wait(self._close_timeout_s):
+                logger.warning("the engine does not stop; its process ends")
+                os._exit(1)  # a step that hangs would keep the device's memory for ever: nobody may be left to kill us
 
 
 def _kind(error: FastChatError) -> str:
