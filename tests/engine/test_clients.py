@@ -194,9 +194,9 @@ def test_a_closed_engine_ends_its_streams(kind):
             stream = client.submit(request("a", max_tokens=ENDLESS))
             await stream.next_events()
             await client.close()
-            with pytest.raises(EngineError):
+            with pytest.raises(EngineError, match="was closed"):
                 await read_to_the_end(stream)
-            with pytest.raises(EngineError):
+            with pytest.raises(EngineError, match="was closed"):
                 client.submit(request("b"))
 
     asyncio.run(main())

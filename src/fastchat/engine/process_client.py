@@ -66,6 +66,7 @@ class ProcessEngineClient(EngineClient):
         """Ask the child to stop after its current step; kill it if it does not, or if it is still loading."""
         if self._process is None:
             return
+        self._fail(EngineError("the engine was closed"))
         if self._reading is None:
             await self._kill(self._process)  # nobody reads a "stop" there before the model is loaded
         elif self._process.returncode is None:
@@ -76,7 +77,6 @@ class ProcessEngineClient(EngineClient):
             self._writer.close()
             with contextlib.suppress(ConnectionError):
                 await self._writer.wait_closed()
-        self._fail(EngineError("the engine was closed"))
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
         assert self._writer is not None
