@@ -99,6 +99,8 @@ def test_penalties_follow_their_definitions():
     assert choose(logits, temperature=0.0) == 1
     assert choose(logits, temperature=0.0, prompt=(1,), repetition_penalty=1.2) == 5
     assert choose(logits, temperature=0.0, prompt=(1,), presence_penalty=2.0) == 1
+    for cut in ({}, {"top_p": 0.9}, {"temperature": 1e-5}):
+        assert choose(logits, prompt=(1,), repetition_penalty=1e-300, **cut) == 1
     assert choose(logits, temperature=0.0, prompt=(9,), emitted=(1,), presence_penalty=0.15) == 5
     assert choose(logits, temperature=0.0, prompt=(9,), emitted=(1, 1, 5), frequency_penalty=0.2) == 6
     assert torch.equal(logits, before)

@@ -24,6 +24,8 @@ from fastchat.engine.staging import send, send_floats
 
 _NUM_CANDIDATES = (64, 1024)
 """Cut-offs look at so many of the most probable tokens first; sorting a whole vocabulary costs twenty times as much."""
+_LARGEST_LOGIT = 1e30
+"""What a tiny repetition penalty may make of a logit: a number still when the smallest temperature divides it."""
 _SEARCH_WIDTH = 256
 """torch looks for a place ten times as slowly as for a value: a row's largest value is found in parts of this width."""
 
@@ -149,7 +151,7 @@ class Sampler:
         values = row.index_select(0, ids)
         if sampling.repetition_penalty != 1.0:
             penalty = sampling.repetition_penalty
-            values = torch.where(values > 0, values / penalty, values * penalty)
+            values = torch.where(values > 0, values / penalty, values * penalty).clamp_(max=_LARGEST_LOGIT)
         values -= sampling.frequency_penalty * in_answer
         values -= sampling.presence_penalty * (in_answer > 0)
         row.index_copy_(0, ids, values)
