@@ -56,7 +56,7 @@ def call(port: int, method: str, path: str, body: bytes = b"", **headers: str) -
     began = time.monotonic()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
-        connection.putrequest(method, path, skip_accept_encoding=True)
+        connection.putrequest(method, path, skip_host="host" in headers, skip_accept_encoding=True)
         for name, value in {"content-length": str(len(body)), **headers}.items():
             connection.putheader(name.replace("_", "-"), value)
         connection.endheaders()

@@ -14,7 +14,7 @@ from fastchat.serve.demo_model import DEMO_MODEL
 from tests.checkpoints import write_checkpoint
 from tests.processes import ServerProcess, start_command
 from tests.system import running_system
-from tests.web.browser import FLAGS, SharedWindow
+from tests.web.browser import FLAGS, OVER_THE_NETWORK, SharedWindow
 from tests.web.proxy import below_path
 
 DEMO = "chatglm2-demo"
@@ -62,9 +62,8 @@ def system(tmp_path_factory, endless_model):
 @pytest.fixture(scope="package")
 def page_server(system):
     """`python3 -m fastchat.serve.gradio_web_server` on that system."""
-    with start_command(
-        "gradio_web_server", "--port", "0", "--api-url", system.api_url, state_dir=system.state_dir
-    ) as process:
+    flags = ("--port", "0", "--api-url", system.api_url, "--allowed-hosts", f"{OVER_THE_NETWORK},FastChat.lan")
+    with start_command("gradio_web_server", *flags, state_dir=system.state_dir) as process:
         process.url  # noqa: B018 - it waits until the page is there
         yield process
         assert "Traceback" not in process.log
@@ -96,7 +95,8 @@ def serving(tmp_path_factory):
     """`fastchat serve` with the demo model under two names, in a process each."""
     ports = ("--port", "0", "--controller-port", "0", "--worker-port", "0", "--web-port", "0")
     models = [word for name in PAIR for word in ("--model-path", DEMO_MODEL, "--model-names", name)]
-    flags = (*ports, *models, "--gradio-root-path", "/chat/", "--api-keys", API_KEY, *SAME_ANSWERS)
+    page = ("--gradio-root-path", "/chat/", "--web-allowed-hosts", OVER_THE_NETWORK)
+    flags = (*ports, *models, *page, "--api-keys", API_KEY, *SAME_ANSWERS)
     one_thread = {"OMP_NUM_THREADS": "1"}
     with start_command("launch", *flags, state_dir=tmp_path_factory.mktemp("serve"), environment=one_thread) as process:
         url = process.wait_for_line(r"^  page    (http://\S+)$")[1]

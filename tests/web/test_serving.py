@@ -9,11 +9,13 @@ import re
 import signal
 import urllib.error
 import urllib.request
+from urllib.parse import urlsplit
 
 import pytest
 
 from fastchat.ops.key_store import KEY_PREFIX
-from tests.web.browser import visiting
+from tests.web.browser import OVER_THE_NETWORK, visiting
+from tests.web.canary import call
 from tests.web.conftest import API_KEY, PAIR
 
 HELLO = "Hello! What is your name?"
@@ -44,6 +46,12 @@ def test_the_page_has_a_key_and_its_visitors_have_none(serving):
     for text in (*sent, serving.process.log):
         assert not A_KEY.search(text)
         assert API_KEY not in text
+
+
+@pytest.mark.parametrize(("host", "status"), [(OVER_THE_NETWORK, 200), ("evil.example", 403)])
+def test_a_proxy_that_keeps_the_name_it_is_called_by(serving, host, status):
+    """It is answered where `fastchat serve` was given the name."""
+    assert call(urlsplit(serving.page_url).port, "GET", "/chat/page/models", host=host).status == status
 
 
 def test_a_model_that_sleeps_says_so_and_wakes_for_a_message(browser, serving):

@@ -7,14 +7,13 @@ tells), and a simple POST that no browser asks permission for (`Origin` tells).
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Collection
-from urllib.parse import urlsplit
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastchat.api.error_bodies import error_body
+from fastchat.api.host_names import HostNames, is_own_origin
 from fastchat.api.request_ids import request_id_of
 from fastchat.errors import PermissionDeniedError
 
@@ -36,7 +35,7 @@ class BrowserGuard:
         is_open: Callable[[], bool],
     ) -> None:
         self._app = app
-        self._allowed_hosts = None if allowed_hosts is None else frozenset(name.lower() for name in allowed_hosts)
+        self._names = HostNames(allowed_hosts)
         self._allowed_origins = frozenset(allowed_origins)
         self._is_open = is_open
 
@@ -57,40 +56,13 @@ class BrowserGuard:
                 host = value.decode("latin-1")
             elif name == b"origin":
                 origin = value.decode("latin-1")
-        if host and self._allowed_hosts is not None and not self._is_own_name(_name_of(host)):
+        if host and not self._names.include(host):
             return (
                 "This server does not answer to the name in `Host`; call it by localhost or its address, or start it "
                 "with --allowed-hosts or with a key."
             )
         if origin is None or scope["method"] in _READING:
             return None
-        if origin in self._allowed_origins or "*" in self._allowed_origins or _host_of(origin) == host:
+        if origin in self._allowed_origins or "*" in self._allowed_origins or is_own_origin(origin, host or ""):
             return None
         return "Web pages of this origin may not call this server; its operator can allow them with --allowed-origins."
-
-    def _is_own_name(self, name: str) -> bool:
-        assert self._allowed_hosts is not None
-        return name == "localhost" or name.endswith(".localhost") or name in self._allowed_hosts or _is_address(name)
-
-
-def _name_of(host: str) -> str:
-    """The name in `name:port` or `[::1]:port`, in lower case and without the root's dot."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
-    except ValueError:
-        return ""
-
-
-def _host_of(origin: str) -> str:
-    try:
-        return urlsplit(origin).netloc
-    except ValueError:
-        return ""
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

@@ -61,6 +61,31 @@ def add_address_flags(parser: argparse.ArgumentParser, *, port: int) -> None:
     )
 
 
+def add_allowed_hosts_flag(
+    parser: argparse.ArgumentParser, flag: str = "--allowed-hosts", *, what: str, where: str
+) -> None:
+    """The names by which browsers may call a process that listens at the address of the flag `where`."""
+    parser.add_argument(
+        flag,
+        type=flag_type(_parse_names, join=",".join),
+        default=[],
+        metavar="NAME[,NAME...]",
+        help=f"names {what}, beside localhost and addresses (default: none; any where {where} is not this machine "
+        "alone)",
+    )
+
+
+def allowed_hosts(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """The names of `--allowed-hosts` and the process's own; None for any name.
+
+    Who listens for others has a name in their network that is not known here, unless it is told.
+    """
+    is_here = is_loopback(arguments.host)
+    if not arguments.allowed_hosts and not is_here:
+        return None
+    return (*(() if is_here else (arguments.host,)), *arguments.allowed_hosts)
+
+
 def add_controller_address_flag(parser: argparse.ArgumentParser) -> None:
     """`--controller-address`, for the processes that talk to the controller."""
     parser.add_argument(
@@ -188,6 +213,10 @@ def _seconds(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 86400):
         raise ConfigError(f"{text!r} is not a whole number of seconds from 1 to 86400.")
     return int(text)
+
+
+def _parse_names(text: str) -> list[str]:
+    return [parse_host(name) for name in text.split(",")]
 
 
 def exit_code_of(error: FastChatError) -> int:

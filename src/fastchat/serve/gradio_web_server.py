@@ -18,8 +18,10 @@ from fastchat.config import expand_home, is_loopback, parse_host, parse_port, pa
 from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import (
     add_address_flags,
+    add_allowed_hosts_flag,
     add_log_flag,
     add_refused_flag,
+    allowed_hosts,
     create_parser,
     flag_type,
     log_level,
@@ -34,6 +36,7 @@ API_KEY_VARIABLE = "FASTCHAT_API_KEY"
 _API_SERVER_PORT = 8000
 QUIET_PATHS = ("/assets", "/static", "/page", "/theme.css", "/gradio_api", "/manifest.json", "/favicon.ico")
 """What a browser asks for by itself; the visits are what an operator wants to see."""
+_HOSTS = "by which browsers may call the page, such as that of a proxy in front of it"
 
 _REFUSED = (
     ("--share", False, "a share link sends the page through somebody else's tunnel; use --host 0.0.0.0"),
@@ -78,6 +81,7 @@ def create_page_parser() -> argparse.ArgumentParser:
         help="answers that may run at once, over all browsers (default: no limit, the scheduler decides)",
     )
     add_log_flag(parser)
+    add_allowed_hosts_flag(parser, what=_HOSTS, where="--host")
     _add_exposure_flags(parser)
     parser.add_argument("--expect-models", type=json.loads, default=[], metavar="JSON", help=argparse.SUPPRESS)
     for flag, takes_value, reason in _REFUSED:
@@ -98,6 +102,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help=f"port of the page, 0 for any free one (default: {DEFAULT_PORT})",
     )
+    add_allowed_hosts_flag(parser, "--web-allowed-hosts", what=_HOSTS, where="--web-host")
     _add_exposure_flags(parser)
 
 
@@ -139,6 +144,7 @@ def page_config(arguments: argparse.Namespace) -> PageConfig:
         api_url=_api_url(arguments),
         api_key=arguments.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         accounts=read_accounts(arguments.gradio_auth_path) if arguments.gradio_auth_path else None,
+        allowed_hosts=_allowed_hosts(arguments),
         root_path=arguments.gradio_root_path,
         max_answers=arguments.concurrency_count,
         model_list_mode=arguments.model_list_mode,
@@ -151,6 +157,15 @@ def keep_gradio_quiet() -> None:
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="1")
     for name in [name for name in os.environ if name.startswith("GRADIO_") and name != "GRADIO_ANALYTICS_ENABLED"]:
         del os.environ[name]  # a variable must not open what a flag closes
+
+
+def _allowed_hosts(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """With the name in a whole URL of `--gradio-root-path`, by which browsers call the page too."""
+    names, root = allowed_hosts(arguments), arguments.gradio_root_path
+    if names is None or root.startswith("/"):
+        return names
+    public_name = urlsplit(root).hostname
+    return names if public_name is None else (*names, public_name)
 
 
 def _api_url(arguments: argparse.Namespace) -> str:

@@ -230,6 +230,7 @@ def _page_spec(arguments: argparse.Namespace, ports: Ports, page_key: str, expec
         return ()
     api_url = internal_url(arguments.host, ports.api, tls=arguments.ssl)
     flags = ["--host", arguments.web_host, "--port", str(ports.web), "--api-url", api_url, expected]
+    flags += [f"--allowed-hosts={','.join(arguments.web_allowed_hosts)}"] if arguments.web_allowed_hosts else []
     flags += [f"--gradio-auth-path={arguments.gradio_auth_path.absolute()}"] if arguments.gradio_auth_path else []
     flags += [f"--gradio-root-path={arguments.gradio_root_path}"] if arguments.gradio_root_path else []
     flags += _log_flags(arguments)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import structlog
 
 from fastchat.arena.routes import Arena, ArenaConfig
-from fastchat.config import is_loopback, parse_host, read_environment
+from fastchat.config import is_loopback, read_environment
 from fastchat.errors import ConfigError
 from fastchat.gateway.app import create_api_app
 from fastchat.gateway.config import ApiServerConfig, CorsConfig
@@ -24,10 +24,12 @@ from fastchat.ops.key_store import STORE_FILE_NAME, has_keys
 from fastchat.ops.logs import configure_logging, log_arguments
 from fastchat.serve.arguments import (
     add_address_flags,
+    add_allowed_hosts_flag,
     add_controller_address_flag,
     add_drain_flag,
     add_log_flag,
     add_security_flags,
+    allowed_hosts,
     cluster_token,
     create_parser,
     flag_type,
@@ -79,14 +81,7 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY[,KEY...]",
         help="keys that clients must send, comma separated, beside those of `fastchat keys` (default: none)",
     )
-    parser.add_argument(
-        "--allowed-hosts",
-        type=flag_type(_parse_names, join=",".join),
-        default=[],
-        metavar="NAME[,NAME...]",
-        help="names that may stand in Host while no key is needed, beside localhost and addresses (default: none; any "
-        "where --host is not this machine alone)",
-    )
+    add_allowed_hosts_flag(parser, what="that may stand in Host while no key is needed", where="--host")
     parser.add_argument(
         "--allow-credentials", action="store_true", help="CORS: let web pages send credentials (default: off)"
     )
@@ -152,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page_key=environment.page_key,
         key_store_path=key_store_path,
         expected_models=tuple(arguments.expect_models),
-        allowed_hosts=_allowed_hosts(arguments),
+        allowed_hosts=allowed_hosts(arguments),
         cors=CorsConfig(
             allow_credentials=arguments.allow_credentials,
             allowed_origins=tuple(arguments.allowed_origins),
@@ -166,13 +161,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = create_api_app(config, [mounted_arena(arena)])
     gc.freeze()  # what was imported stays: a collection that walked through it would cost each request a tenth more
     return run_server(app, listeners, tls=tls, drain_s=arguments.drain_timeout, has_websockets=False)
-
-
-def _allowed_hosts(arguments: argparse.Namespace) -> tuple[str, ...] | None:
-    """Who listens for others has a name in their network that is not known here, unless it is told."""
-    if not arguments.allowed_hosts and not is_loopback(arguments.host):
-        return None
-    return (arguments.host, *arguments.allowed_hosts)
 
 
 def _warn_of_open_door(host: str) -> None:
@@ -189,10 +177,6 @@ def _parse_keys(text: str) -> list[str]:
     if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
         raise ConfigError("give keys of printable ASCII without spaces, separated by single commas.")
     return keys
-
-
-def _parse_names(text: str) -> list[str]:
-    return [parse_host(name) for name in text.split(",")]
 
 
 def _parse_json_list(text: str) -> list[str]:

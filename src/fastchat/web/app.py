@@ -62,9 +62,10 @@ def create_web_app(config: PageConfig) -> ASGIApp:
         theme=page_theme(),
     )
     if config.accounts is None:
-        return Guard(PageShell(app))
+        return Guard(PageShell(app), allowed_hosts=config.allowed_hosts)
     gradio_app = next(route.app for route in app.router.routes if isinstance(route, Mount))
-    return Guard(LoginGate(PageShell(app), partial(_is_logged_in, gradio_app)), has_login=True)
+    gate = LoginGate(PageShell(app), partial(_is_logged_in, gradio_app))
+    return Guard(gate, allowed_hosts=config.allowed_hosts, has_login=True)
 
 
 def _is_logged_in(gradio_app: Any, cookies: dict[str, str]) -> bool:  # Any: Gradio's own app, with its sessions

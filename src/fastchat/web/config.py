@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fastchat.config import parse_url
 from fastchat.errors import ConfigError
 
 ModelListMode = Literal["reload", "once"]
@@ -37,11 +38,15 @@ class Accounts:
 
 @dataclass(frozen=True, slots=True)
 class PageConfig:
-    """What the page is made of. `expected_models` are being loaded and will be served soon."""
+    """What the page is made of. `expected_models` are being loaded and will be served soon.
+
+    A browser may call it by localhost, an address and the names in `allowed_hosts` (None: by any).
+    """
 
     api_url: str
     api_key: str | None = field(default=None, repr=False)
     accounts: Accounts | None = None
+    allowed_hosts: tuple[str, ...] | None = None
     root_path: str = ""
     max_answers: int | None = None
     model_list_mode: ModelListMode = "reload"
@@ -55,7 +60,9 @@ class PageConfig:
 
 def parse_root_path(text: str) -> str:
     """The path below which a proxy shows the page, or the whole URL, without a slash at its end. Empty for none."""
-    if text and not text.startswith(("/", "http://", "https://")):
+    if text.startswith(("http://", "https://")):
+        return parse_url(text)
+    if text and not text.startswith("/"):
         raise ConfigError(f"{text!r} is no path of --gradio-root-path; write it like /chat.")
     return text.rstrip("/")
 

@@ -1,4 +1,5 @@
 """What stands in front of Gradio: only the paths that the page uses exist, bodies are small JSON, nothing names a file.
+Only who calls the page by a name of its own gets it, and only its own pages may write.
 
 Gradio's server can fetch addresses, hand out files, take uploads and build components that a client names. The page
 needs none of it, so none of it can be reached: an unknown path is 404 and a body that names a file is 400.
@@ -7,11 +8,14 @@ needs none of it, so none of it can be reached: an unknown path is 404 and a bod
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import orjson
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastchat.api.host_names import HostNames, is_own_origin
 
 MAX_BODY_BYTES = 32 * 2**20
 MAX_FORM_BYTES = 16 * 2**10
@@ -29,13 +33,22 @@ _CLIMBS = re.compile(r"\.\.|//")
 _LOGIN = re.compile(r"/login/?")
 _FORBIDDEN_KEYS = frozenset({"path", "url", "_type", "component", "constructor_args", "file"})
 """Keys of the objects by which a client names a file, an address or a component to Gradio."""
+_FLAG = "--allowed-hosts (of `fastchat serve`: --web-allowed-hosts)"
+_STRANGE_NAME = (
+    f"This page does not answer to the name in `Host`; call it by localhost or its address, or give {_FLAG}."
+)
+_STRANGE_PAGE = f"Another site may not use this page; where a proxy shows the page by that site's name, give {_FLAG}."
 
 
 class Guard:
-    """ASGI middleware around the whole page. `has_login` opens the form of the accounts."""
+    """ASGI middleware around the whole page. `has_login` opens the form of the accounts.
 
-    def __init__(self, app: ASGIApp, *, has_login: bool = False) -> None:
+    `allowed_hosts` are names beside localhost and addresses; None lets every name pass.
+    """
+
+    def __init__(self, app: ASGIApp, *, allowed_hosts: Collection[str] | None, has_login: bool = False) -> None:
         self._app = app
+        self._names = HostNames(allowed_hosts)
         self._has_login = has_login
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,8 +61,8 @@ class Guard:
 
     async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
-        if method == "POST" and _is_of_another_site(scope):
-            await _refuse(scope, receive, send, 403, "Another site may not use this page.")
+        if (reason := self._objection_to_caller(scope)) is not None:
+            await _refuse(scope, receive, send, 403, reason)
         elif method in {"GET", "HEAD"} and _READ.fullmatch(path) and _CLIMBS.search(path) is None:
             await self._app(scope, receive, send)
         elif method == "POST" and _WRITTEN.fullmatch(path):
@@ -58,6 +71,21 @@ class Guard:
             await self._pass_form(scope, receive, send)
         else:
             await _refuse(scope, receive, send, 404, "Not found.")
+
+    def _objection_to_caller(self, scope: Scope) -> str | None:
+        """Why a browser's request is refused. Programs say nothing of the kind, and may call by any address."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin, site = headers.get(b"host", ""), headers.get(b"origin"), headers.get(b"sec-fetch-site")
+        if host and not self._names.include(host):
+            return _STRANGE_NAME
+        if scope["method"] != "POST":
+            return None
+        if site in {"cross-site", "same-site"} or origin == "null":
+            return _STRANGE_PAGE
+        if site is not None or origin is None:  # browsers tell the site only to this machine and by TLS
+            return None
+        is_own = is_own_origin(origin, host) or self._names.name_page(origin, host)
+        return None if is_own else _STRANGE_PAGE
 
     async def _pass_json(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read_body(receive, MAX_BODY_BYTES)
@@ -74,12 +102,6 @@ class Guard:
             await _refuse(scope, receive, send, 413, f"The form is larger than {MAX_FORM_BYTES} bytes.")
         else:
             await self._app(scope, _replayed(body, receive), send)
-
-
-def _is_of_another_site(scope: Scope) -> bool:
-    """Whether a browser says that a page of another site sent this."""
-    headers = dict(scope["headers"])
-    return headers.get(b"sec-fetch-site") in {b"cross-site", b"same-site"} or headers.get(b"origin") == b"null"
 
 
 def _objection_to(body: bytes) -> str | None:

@@ -19,6 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastchat.api.host_names import host_name
 from fastchat.config import is_loopback
 from fastchat.web.translation import LANGUAGES, texts
 
@@ -92,8 +93,8 @@ def _without_compression(scope: Scope) -> Scope:
 def _is_trusted(scope: Scope) -> bool:
     """Whether a browser trusts where it is: by TLS, here or at a proxy, or because it is on this machine."""
     headers = Headers(scope=scope)
-    name = headers.get("host", "").rsplit(":", 1)[0].strip("[]")
-    return "https" in (scope["scheme"], headers.get("x-forwarded-proto")) or is_loopback(name)
+    is_here = is_loopback(host_name(headers.get("host", "")))
+    return is_here or "https" in (scope["scheme"], headers.get("x-forwarded-proto"))
 
 
 def _protect(headers: MutableHeaders, nonce: str, *, is_trusted: bool) -> None:
