@@ -70,3 +70,19 @@ def test_hostile_text_stays_text(visit, tmp_path, role):
         visit.page.locator("#chat .message :is(img, iframe, video, audio, object, embed, form, input, style)").count()
         == 0
     )
+
+
+SHOW = r"""([tags, ticks]) => {
+  const began = performance.now();
+  document.createElement("template").innerHTML = tags;
+  const shown = ticks.replace(new RegExp("\\\\\\[([\\s\\S]+?)\\\\\\]", "g"), "");
+  return [shown === ticks, performance.now() - began];
+}"""
+"""As Gradio does before it shows a message."""
+
+
+def test_text_that_closes_nothing_costs_no_time(visit):
+    """Neither of tags nor of code: what each of their beginnings costs does not grow with the text behind it."""
+    is_the_same, took_ms = visit.page.evaluate(SHOW, ["<div " + "<a" * 60_000, "$\n" + "`" * 250_000 + "x`"])
+    assert is_the_same
+    assert took_ms < 1000  # some 5000 when it does

@@ -13,8 +13,10 @@
   const withoutHandlers = (tag) => tag.replace(/[\s/"']on\w+\s*=\s*("[^"]*"|'[^']*'|[^\s>]*)/gi, " ");
   Object.defineProperty(HTMLTemplateElement.prototype, "innerHTML", {
     get: html.get,
-    set(text) {
-      html.set.call(this, String(text).replace(/<[a-z][^>]*>/gi, withoutHandlers));
+    set(given) {
+      const text = String(given);
+      const end = text.lastIndexOf(">") + 1; // behind it no tag ends, and one would be looked for from every "<"
+      html.set.call(this, text.slice(0, end).replace(/<[a-z][^>]*>/gi, withoutHandlers) + text.slice(end));
     },
     configurable: true,
   });
@@ -37,7 +39,7 @@
   // \[ and \], alone, and those between dollars become such ones right before it looks for them. As in Pandoc they have no
   // blank inside the dollars, and no digit or letter behind them; or blanks on both sides, and look like TeX.
 
-  const FENCED = /^(?:[ \t>]|[-*+] |\d{1,9}[.)] )*(`{3,}(?![^\n]*`)|~{3,})[^]*?(?:^[ \t>]*\1|(?![^]))/;
+  const FENCED = /^(?:[ \t>]|[-*+] |\d{1,9}[.)] )*(`{3,}(?!`)(?![^\n]*`)|~{3,})[^]*?(?:^[ \t>]*\1|(?![^]))/;
   const INLINE_CODE = /(?<!`)(`+)(?!`)(?:(?!\n[ \t]*\n)[^])*?(?<!`)\2(?!`)/;
   const DISPLAYED = /\$\$(?!\$)((?:(?!\n[ \t]*\n)[^])+?)\$\$/;
   const TIGHT = /(?<![\\$\w])\$(?![\s$])((?:\\[^]|[^\\$`\n]|\n(?![ \t]*\n))*?)(?<!\s)\$(?![$\w])/;
