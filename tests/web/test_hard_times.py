@@ -38,6 +38,22 @@ def test_a_page_finds_its_server_again(browser, page_server):
         visit.complaints.clear()
 
 
+def test_what_was_being_written_outlives_a_reload_in_every_tab(visit):
+    """Also one that is loaded once more before it has begun; and it can be sent."""
+    visit.page.fill("#message textarea", "one")
+    visit.page.get_by_role("tab", name="Battle").click()
+    visit.page.fill("#battle-message textarea", "two")
+    visit.page.reload(wait_until="domcontentloaded")
+    visit.reload()
+    assert visit.page.input_value("#message textarea") == "one"
+    visit.page.get_by_role("tab", name="Battle").click()
+    visit.wait_for(lambda: visit.page.input_value("#battle-message textarea") == "two", what="the other draft")
+    visit.page.click("#battle-send")
+    visit.page.locator("#battle-pane-a [data-testid=user]", has_text="two").wait_for()
+    visit.page.click("#battle-stop")
+    visit.page.locator("body:not(.answering-battle)").wait_for()
+
+
 def test_a_request_that_fails_leaves_the_page_as_it_was(visit):
     """A proxy's own page of errors, say: the message can be sent again."""
     visit.page.route("**/queue/join*", lambda route: route.fulfill(status=502, body="<h1>Bad Gateway</h1>"))
@@ -84,6 +100,7 @@ def test_a_second_tab_loses_nothing_that_the_first_one_kept(visit):
     other.page.fill("#message textarea", "half a message")
     visit.ask("Who made you?")
     other.wait_for(lambda: other.questions() == [HELLO, "Who made you?"], what="what the first tab asked")
+    other.wait_for(lambda: other.answers() == visit.answers(), what="the whole answer")
     assert other.page.input_value("#message textarea") == "half a message"
     other.ask("Tell me a joke.")
     visit.wait_for(lambda: len(visit.questions()) == 3, what="what the second tab asked")
@@ -91,6 +108,30 @@ def test_a_second_tab_loses_nothing_that_the_first_one_kept(visit):
     visit.reload()
     visit.wait_for(lambda: len(visit.questions()) == len(visit.answers()) == 3, what="all of it")
     assert visit.titles() == [HELLO]
+    assert not other.complaints
+
+
+def test_two_tabs_that_go_on_at_once_keep_both_ways(visit):
+    """What one of them writes beside the other becomes a conversation of its own, and neither loses a word."""
+    visit.ask(HELLO)
+    other = Visit(visit.page.context.new_page(), visit.url).open()
+    other.wait_for(lambda: other.questions() == [HELLO], what="the same conversation")
+    other.choose_model(ENDLESS)
+    other.send("And then?")
+    visit.wait_for(lambda: visit.questions() == [HELLO, "And then?"], what="what the other tab asked")
+    visit.send("Who made you?")
+    visit.wait_for(lambda: visit.titles() == [HELLO, HELLO], what="a second conversation")
+    for tab in (visit, other):
+        tab.page.bring_to_front()
+        tab.page.click("#stop")
+        tab.wait_until_answered()
+    for tab, question in ((visit, "Who made you?"), (other, "And then?")):
+        answer = tab.answers()[-1]
+        tab.reload()
+        tab.wait_for(lambda tab=tab, answer=answer: tab.answers()[-1:] == [answer], what="the end of the answer")
+        assert tab.questions()[-1] == question
+        assert tab.titles() == [HELLO, HELLO]
+    other.page.close()
     assert not other.complaints
 
 

@@ -116,16 +116,24 @@ def test_fastchat_s_flags_start_a_page_with_accounts(browser, tmp_path):
         for name, password in (("alice", "correct horse"), ("bob", "geheim"), ("carol", "密码")):
             assert login(port, name, password).status == 200
         with visiting(browser, f"http://127.0.0.1:{port}") as visit:
-            visit.page.goto(visit.url)
-            visit.page.locator("input[type=password]").fill("correct horse")
-            visit.page.locator("input:not([type=password]), textarea").first.fill("alice")
-            visit.page.locator("button").last.click()
-            visit.wait_until_usable()
+            log_in(visit)
+            visit.page.fill("#message textarea", "not sent yet")
+            visit.page.context.clear_cookies()  # the session ends
+            log_in(visit)
+            assert visit.page.input_value("#message textarea") == "not sent yet"
             visit.complaints = [
                 each for each in visit.complaints if not each.startswith(("401", "error: Failed to load"))
             ]
             sees_what_is_waited_for(visit, api)
         assert "correct horse" not in page.log
+
+
+def log_in(visit):
+    visit.page.goto(visit.url)
+    visit.page.locator("input[type=password]").fill("correct horse")
+    visit.page.locator("input:not([type=password]), textarea").first.fill("alice")
+    visit.page.locator("button").last.click()
+    visit.wait_until_usable()
 
 
 def sees_what_is_waited_for(visit, api):

@@ -23,7 +23,7 @@ from fastchat.api.host_names import host_name
 from fastchat.config import is_loopback
 from fastchat.web.translation import LANGUAGES, texts
 
-SCRIPTS = ("basics.js", "models.js", "files.js", "text.js", "page.js")
+SCRIPTS = ("basics.js", "models.js", "files.js", "text.js", "drafts.js", "page.js")
 """In the order in which they run."""
 ASSETS = {"page.css": "text/css", "icon.svg": "image/svg+xml", **dict.fromkeys(SCRIPTS, "text/javascript")}
 _SCRIPT = re.compile(rb"<script(?=[\s>])")

@@ -8,20 +8,21 @@
   const { chooseModel, noteChosen, modelField, pairFields } = window.fastchat.models;
   const { JUDGEMENTS, conversationsIn, download } = window.fastchat.files;
   const { calm, label } = window.fastchat.text;
+  const { drafts } = window.fastchat;
 
   const INDEX = "fastchat.conversations";
   const ONE = "fastchat.conversation.";
   const SETTINGS = "fastchat.settings";
   const MODEL = "fastchat.model";
   const SPEED = "fastchat.speed";
-  const CURRENT = "fastchat.current"; // this and the next are one tab's own
-  const DRAFT = "fastchat.draft";
+  const CURRENT = "fastchat.current"; // one tab's own
   const SAVE_EVERY_MS = 500;
   const ASK_MODELS_EVERY_MS = 2000;
 
   // ---- conversations -------------------------------------------------------------------------------------------
 
   let current = null; // the id of the shown conversation; null before its first message
+  let known = "null"; // its messages as this tab last read or wrote them
   let pending = null; // what is to be written, and the timer that will
   let timer = 0;
   let toShow = null; // what `opened` hands to Gradio
@@ -69,39 +70,40 @@
     return line.length > 60 ? `${line.slice(0, 60)}…` : line;
   }
 
+  const messagesOf = (conversation) => JSON.stringify(conversation?.messages ?? null);
+
   function save() {
     clearTimeout(timer);
     timer = 0;
     if (pending === null) return;
-    const { id, messages, settings } = pending;
+    const { messages, settings } = pending;
     pending = null;
-    const known = entries();
-    const entry = known.find((each) => each.id === id) ?? { id, title: null };
+    const stored = messagesOf(read(ONE + current, null));
+    if (stored !== "null" && stored !== known) current = newId(); // another tab went on with it: both are kept
+    const id = current;
+    const others = entries();
+    const entry = others.find((each) => each.id === id) ?? { id, title: null };
     const written = write(ONE + id, { messages, ...settings });
     if (!written) return;
+    known = JSON.stringify(messages);
     entry.title ??= titleOf(messages);
     entry.updated = Date.now();
-    write(INDEX, [entry, ...known.filter((each) => each.id !== id)]);
+    write(INDEX, [entry, ...others.filter((each) => each.id !== id)]);
     drawList();
   }
 
   function keep(pane, model, system) {
     const messages = plain(pane);
     drawJudging(messages);
-    const stored = current === null ? null : read(ONE + current, null);
-    if (stored !== null && JSON.stringify(stored.messages) === JSON.stringify(messages)) {
+    const isNew = current === null;
+    if (JSON.stringify(messages) === known || (isNew && messages.length === 0)) {
       pending = null;
       return;
     }
-    if (current === null) {
-      if (messages.length === 0) return;
-      current = newId();
-      pending = { id: current, messages, settings: { model, system } };
-      save();
-      return;
-    }
-    pending = { id: current, messages, settings: { model, system } };
-    if (timer === 0) timer = setTimeout(save, SAVE_EVERY_MS);
+    pending = { messages, settings: { model, system } };
+    current ??= newId();
+    if (isNew) save();
+    else if (timer === 0) timer = setTimeout(save, SAVE_EVERY_MS);
   }
 
   function open(id) {
@@ -109,6 +111,7 @@
     if (document.body.classList.contains("answering")) press("stop");
     const conversation = id === null ? null : read(ONE + id, null);
     current = conversation === null ? null : id;
+    known = messagesOf(conversation);
     toShow = conversation ?? { messages: [], system: undefined };
     returnToBox = "";
     press("open-switch");
@@ -134,11 +137,14 @@
 
   // Another tab goes on with the conversation that is shown here: what this one keeps next has to hold that too.
   function follow(event) {
+    if (event.key === ONE + current) save(); // what this tab has not written yet is none of the other's
     drawList();
     if (current === null || event.key !== ONE + current || document.body.classList.contains("answering")) return;
     toShow = read(ONE + current, null);
     returnToBox = NOTHING;
-    if (toShow !== null) press("open-switch");
+    if (toShow === null) return;
+    known = messagesOf(toShow);
+    press("open-switch");
   }
 
   function rename(id) {
@@ -153,8 +159,10 @@
 
   function forget(id) {
     if (!window.confirm(word("delete_question"))) return;
-    if (pending?.id === id) pending = null;
-    if (current === id) open(null);
+    if (current === id) {
+      pending = null;
+      open(null);
+    }
     write(INDEX, entries().filter((each) => each.id !== id));
     remove(ONE + id);
     drawList();
@@ -218,12 +226,13 @@
   async function start() {
     await askModels();
     const kept = read(SETTINGS, {});
-    const known = entries();
+    const latest = entries()[0];
     const wanted = new URLSearchParams(location.search).get("model");
-    const last = read(CURRENT, null, "sessionStorage") ?? known[0]?.id;
+    const last = read(CURRENT, null, "sessionStorage") ?? latest?.id;
     const conversation = wanted === null && last ? read(ONE + last, null) : null;
     current = conversation === null ? null : last;
-    returnToBox = read(DRAFT, "", "sessionStorage");
+    known = messagesOf(conversation);
+    returnToBox = drafts.begin();
     const values = shownValues(conversation ?? { messages: [] });
     const model = chooseModel(wanted ?? conversation?.model ?? read(MODEL, null));
     drawAll();
@@ -363,6 +372,7 @@
       for (const place of document.querySelectorAll("[data-word]:empty:not(.message *)"))
         place.textContent = word(place.dataset.word);
       drawSpeedSwitch();
+      drafts.giveBack();
     }).observe(document.body, { childList: true, subtree: true });
     document.addEventListener("keydown", useKeys);
     document.body.addEventListener("click", (event) => {
@@ -372,7 +382,7 @@
     });
     window.addEventListener("pagehide", () => {
       save();
-      write(DRAFT, document.querySelector("#message textarea")?.value ?? "", "sessionStorage");
+      drafts.keep();
     });
     window.addEventListener("storage", follow);
   }
