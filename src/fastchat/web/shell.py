@@ -98,6 +98,8 @@ def _is_trusted(scope: Scope) -> bool:
 
 
 def _protect(headers: MutableHeaders, nonce: str, *, is_trusted: bool) -> None:
+    for name in [name for name in headers if name.startswith("access-control-")]:
+        del headers[name]  # Gradio lets origins of this machine read, and any where it is not called by localhost
     headers["content-security-policy"] = _POLICY.format(nonce=nonce)
     headers["x-content-type-options"] = "nosniff"
     headers["referrer-policy"] = "no-referrer"
