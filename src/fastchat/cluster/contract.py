@@ -48,6 +48,9 @@ ADAPTERS = "adapters"
 """`{base}/adapters` below it: POST adds an adapter, DELETE of `/{name}` below that removes one."""
 ModelState = Literal["asleep", "loading", "awake", "leaving"]
 
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+"""So that a sum of many fits the 64 bits of the usage file."""
+
 
 class Message(BaseModel):
     """Base of what crosses a process border: strict and closed."""
@@ -112,13 +115,13 @@ class FinalRecord(Message):
     """
 
     type: Literal["record"] = "record"
-    number: int
+    number: Annotated[int, Field(ge=1, lt=2**63)]
     request_id: str
     tenant: str
     model: str
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_generated_tokens: int
+    num_prompt_tokens: Count
+    num_cached_tokens: Count
+    num_generated_tokens: Count
     reason: Literal["stop", "length", "abort", "error"]
 
 

@@ -64,7 +64,7 @@ class Reception:
         """The worker's place in the table, or None after it was told why not."""
         try:
             async with asyncio.timeout(HELLO_LIMIT_S):
-                hello = _parse(await socket.receive_text())
+                hello = await _next_message(socket)
             registration = await self._register(hello, socket.client.host if socket.client else "")
         except TimeoutError:
             await _refuse(socket, f"no hello within {HELLO_LIMIT_S:.0f} s")
@@ -100,7 +100,7 @@ class Reception:
             try:
                 await _send(socket, Welcome())
                 while self.table.holds(registration):
-                    self._take(registration, inbox, _parse(await socket.receive_text()))
+                    self._take(registration, inbox, await _next_message(socket))
                 reason = "replaced by another connection"
                 await _refuse(socket, "another connection took over this worker id")
             except RequestError as error:
@@ -127,7 +127,11 @@ class Reception:
             raise InvalidRequestError("a worker says hello once")
 
 
-def _parse(text: str) -> Message:
+async def _next_message(socket: WebSocket) -> Message:
+    try:
+        text = await socket.receive_text()
+    except KeyError:  # Starlette's for a frame of bytes
+        raise InvalidRequestError("not a message of this protocol: a frame of bytes") from None
     try:
         return _worker_message.validate_json(text)
     except ValidationError as error:
