@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 
 import pytest
 
@@ -50,6 +52,32 @@ def test_name_without_an_address_is_told():
     """As bad input."""
     with pytest.raises(InvalidRequestError, match="has no address"):
         check(DialRules(), "no-such-host.invalid")
+
+
+def test_name_that_nobody_resolves_holds_up_no_other_work(monkeypatch):
+    """However many workers say that they live there, usage records are written meanwhile, in a thread."""
+    look_up, is_over = socket.getaddrinfo, threading.Event()
+
+    def silent(host, *rest, **named):
+        if host == "silent.example":
+            is_over.wait(60)
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        return look_up(host, *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+
+    async def run():
+        rules = DialRules()
+        checks = asyncio.gather(*(rules.check("http://silent.example:1") for _ in range(40)), return_exceptions=True)
+        await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(30):
+                assert await asyncio.to_thread(int) == 0
+        finally:
+            is_over.set()
+        assert {type(each) for each in await checks} == {InvalidRequestError}
+
+    asyncio.run(run())
 
 
 def test_resolver_drops_what_is_never_dialled():

@@ -11,6 +11,7 @@ import ipaddress
 import socket
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import urlsplit
 
 from aiohttp import abc as aiohttp_abc
@@ -47,6 +48,7 @@ class DialRules:
     """The usual networks, and what an operator added: networks like 203.0.113.0/24, addresses, or host names."""
 
     def __init__(self, added: Iterable[str] = ()) -> None:
+        self._threads = _resolver_threads()
         self._networks: list[Network] = list(_USUAL)
         self._names: set[str] = set()
         for each in added:
@@ -62,7 +64,7 @@ class DialRules:
         `InvalidRequestError` for a name that has no address.
         """
         host = (urlsplit(url).hostname or "").lower()
-        for address in await _addresses(host):
+        for address in await self._addresses(host):
             if is_never_dialled(address):
                 raise PermissionDeniedError(
                     f"{url} leads to {address}, which is never connected to: no worker lives there.",
@@ -75,16 +77,21 @@ class DialRules:
                     code="address_not_allowed",
                 )
 
+    async def _addresses(self, host: str) -> list[Address]:
+        look_up = partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
+        try:
+            async with asyncio.timeout(_RESOLVE_LIMIT_S):
+                found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        except (OSError, UnicodeError, TimeoutError) as error:
+            raise InvalidRequestError(f"{host} has no address: {error or 'no answer in time'}.") from error
+        return [_plain(str(each[4][0])) for each in found]
+
 
 class GuardedResolver(aiohttp_abc.AbstractResolver):
-    """Resolves as usual, without the addresses that are never dialled.
-
-    Names wait in threads of its own: a name server that does not answer holds them for long, and large requests of
-    everybody would wait behind it.
-    """
+    """Resolves as usual, without the addresses that are never dialled."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_MAX_LOOKUPS, thread_name_prefix="resolver")
+        self._threads = _resolver_threads()
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
@@ -119,6 +126,13 @@ def is_never_dialled(address: Address) -> bool:
     return any(address in network for network in _NEVER)
 
 
+def _resolver_threads() -> ThreadPoolExecutor:
+    """Where names wait: a name server that does not answer holds threads for long, and all other work of a process
+    would wait behind it (large requests, usage records).
+    """
+    return ThreadPoolExecutor(_MAX_LOOKUPS, thread_name_prefix="resolver")
+
+
 def _lookup(host: str, port: int, family: int, flags: int) -> list[aiohttp_abc.ResolveResult]:
     return [
         aiohttp_abc.ResolveResult(
@@ -126,15 +140,6 @@ def _lookup(host: str, port: int, family: int, flags: int) -> list[aiohttp_abc.R
         )
         for kind, _, protocol, _, address in socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=flags)
     ]
-
-
-async def _addresses(host: str) -> list[Address]:
-    try:
-        async with asyncio.timeout(_RESOLVE_LIMIT_S):
-            found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError, TimeoutError) as error:
-        raise InvalidRequestError(f"{host} has no address: {error or 'no answer in time'}.") from error
-    return [_plain(str(each[4][0])) for each in found]
 
 
 def _plain(text: str) -> Address:
