@@ -110,6 +110,11 @@ def test_the_space_of_a_first_word_is_no_part_of_an_answer(tmp_path: Path) -> No
     assert load_chat_format(checkpoint, sentencepiece, "plain").strips_leading_space
 
 
+def test_the_line_break_that_glm_4_writes_behind_its_role_is_no_part_of_an_answer(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, "glm", chat_template="x"))
+    assert load_chat_format(checkpoint, load_tokenizer(checkpoint)).strips_leading_space
+
+
 def test_a_template_file_comes_before_the_tokenizer_config(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llama")
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")

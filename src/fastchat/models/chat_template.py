@@ -23,6 +23,8 @@ from fastchat.models.tokenizer import TemplateTokenizer
 
 logger = logging.getLogger(__name__)
 
+_LINE_FIRST = ("chatglm", "glm")
+"""Families whose turns begin behind the role with a line for metadata, which the model writes itself in an answer."""
 TEMPLATE_FOLDER = "additional_chat_templates"
 """Where transformers keeps the named templates beside chat_template.jinja."""
 
@@ -45,7 +47,7 @@ def load_chat_format(
             tokenizer,
             source=source,
             special_tokens=checkpoint.special_tokens,
-            strips_leading_space=checkpoint.family.name == "chatglm" or _leads_words_with_space(tokenizer),
+            strips_leading_space=checkpoint.family.name in _LINE_FIRST or _leads_words_with_space(tokenizer),
         )
     recognised = recognise(checkpoint, lambda name: tokenizer.special_token_id(name) is not None)
     if recognised is None:
