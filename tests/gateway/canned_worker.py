@@ -138,19 +138,39 @@ class CannedWorker:
         await self._stream(received, document, receive, send, until=2)
         raise DeathError  # the server closes the connection without an end
 
+    async def _die_waiting(self, received, document, receive, send):
+        await self._stream(received, document, receive, send, until=0)
+        raise DeathError
+
     async def _shut_down_in_stream(self, received, document, receive, send):
         await self._stream(received, document, receive, send, until=2)
-        await _write(send, error_event(UnavailableError("Good bye.", code="shutting_down")), more_body=False)
+        await _say_goodbye(send)
 
-    async def _die_behind_usage(self, received, document, receive, send):
+    async def _shut_down_waiting(self, received, document, receive, send):
+        await self._stream(received, document, receive, send, until=0)
+        await _say_goodbye(send)
+
+    async def _tell_usage(self, received, document, receive, send):
         await self._stream(received, document, receive, send, until=len(WORDS))
         await _write(send, chunk_event({**_chunk(received, document, ""), "choices": [], "usage": {"total_tokens": 7}}))
+
+    async def _die_behind_usage(self, received, document, receive, send):
+        await self._tell_usage(received, document, receive, send)
         raise DeathError
+
+    async def _shut_down_behind_usage(self, received, document, receive, send):
+        await self._tell_usage(received, document, receive, send)
+        await _say_goodbye(send)
 
     async def _die_behind_done(self, received, document, receive, send):
         await self._stream(received, document, receive, send, until=len(WORDS))
         await _write(send, DONE_EVENT)
         raise DeathError
+
+    async def _shut_down_behind_done(self, received, document, receive, send):
+        await self._stream(received, document, receive, send, until=len(WORDS))
+        await _write(send, DONE_EVENT)
+        await _say_goodbye(send)
 
     async def _die(self, received, document, receive, send):
         await (_start(send) if document.get("stream") else _start(send, b"application/json"))
@@ -248,6 +268,10 @@ async def _start(send, kind=b"text/event-stream; charset=utf-8"):
 
 async def _write(send, body, *, more_body=True):
     await send({"type": "http.response.body", "body": body, "more_body": more_body})
+
+
+async def _say_goodbye(send):
+    await _write(send, error_event(UnavailableError("Good bye.", code="shutting_down")), more_body=False)
 
 
 async def _send_json(send, status, document, headers=()):

@@ -215,9 +215,29 @@ def test_a_lost_stream_goes_on_with_another_worker(cluster, api, bad_act, code, 
     cluster.wait_for_models(api)
 
 
-def test_a_stream_that_lacks_only_its_end_gets_it_and_no_second_usage(cluster, api):
-    """Its worker told the usage and died: nobody else is asked."""
-    with cluster.worker("bad", tiny="die_behind_usage") as bad:
+@pytest.mark.parametrize("bad_act", ["die_waiting", "shut_down_waiting"])
+def test_a_stream_that_had_only_comments_is_answered_by_another_worker(cluster, api, bad_act):
+    """They are sent while a model is loaded or a long prompt is computed."""
+    with cluster.worker("bad", tiny=bad_act) as bad:
+        cluster.wait_for_models(api, "tiny")
+        with cluster.worker("good", ("tiny", "other")) as good:
+            cluster.wait_for_models(api, "other", "tiny")
+            bad.received.clear()
+            while not bad.received:  # whichever is chosen first
+                good.received.clear()
+                _, _, body = cluster.post(api, CHAT, QUESTION | {"stream": True})
+        (resumed,) = good.received
+        resume = orjson.loads(resumed.body)["resume"]
+        assert resume == {"prompt_token_ids": [None], "emitted_token_ids": [[]]}
+        assert [body.count(word.encode()) for word in WORDS[:2]] == [1, 1]
+        assert data_of(body)[-1] == b"[DONE]"
+    cluster.wait_for_models(api)
+
+
+@pytest.mark.parametrize("bad_act", ["die_behind_usage", "shut_down_behind_usage"])
+def test_a_stream_that_lacks_only_its_end_gets_it_and_no_second_usage(cluster, api, bad_act):
+    """Its worker told the usage and died, or ended it there: nobody else is asked."""
+    with cluster.worker("bad", tiny=bad_act) as bad:
         cluster.wait_for_models(api, "tiny")
         with cluster.worker("good", ("tiny", "other")) as good:
             cluster.wait_for_models(api, "other", "tiny")
@@ -232,9 +252,10 @@ def test_a_stream_that_lacks_only_its_end_gets_it_and_no_second_usage(cluster, a
     cluster.wait_for_models(api)
 
 
-def test_a_stream_that_was_told_to_its_end_is_whole_however_its_connection_ends(cluster, api):
-    """Its worker died behind `[DONE]`: nobody tells the end again, and it is no error."""
-    with cluster.worker("bad", tiny="die_behind_done") as bad:
+@pytest.mark.parametrize("bad_act", ["die_behind_done", "shut_down_behind_done"])
+def test_a_stream_that_was_told_to_its_end_is_whole_however_its_connection_ends(cluster, api, bad_act):
+    """Its worker died or shut down behind `[DONE]`: nobody tells the end again, and it is no error."""
+    with cluster.worker("bad", tiny=bad_act) as bad:
         cluster.wait_for_models(api, "tiny")
         with cluster.worker("good", ("tiny", "other")) as good:
             cluster.wait_for_models(api, "other", "tiny")

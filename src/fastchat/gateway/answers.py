@@ -118,14 +118,16 @@ class RelayedStream:
 
         What was told to its end needs nobody: of that worker only its connection was cut.
         """
-        if failure.code == LOST and self._framer.has_ended():
+        if failure.code not in (LOST, SHUTTING_DOWN):
+            raise failure
+        if self._framer.has_ended():
             self._is_finished = True
             return b""
-        if failure.code == LOST and self._framer.lacks_only_done():
+        if self._framer.lacks_only_done():
             self._is_finished = True
             return DONE_EVENT  # another worker would tell the usage again
         tags = self._framer.tags
-        if self._resume is None or failure.code not in (LOST, SHUTTING_DOWN) or not tags:
+        if self._resume is None or tags is None:
             raise failure
         other = await self._resume(bytes(tags), failure)
         self._owned.close()

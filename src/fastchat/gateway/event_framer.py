@@ -59,7 +59,9 @@ class EventFramer:
             raise BrokenStreamError(f"an event has more than {MAX_EVENT_BYTES} bytes")
         if not end:
             return b""
-        events = pending[:end]
+        events = self._without_farewell(pending[:end])
+        if not events:
+            return b""
         if events.isspace():
             self._num_blank_bytes += len(events)
             if self._num_blank_bytes > _MAX_BLANK_BYTES:
@@ -87,12 +89,15 @@ class EventFramer:
         """Whether the last event so far was our worker's usage, behind which comes nothing but `data: [DONE]`."""
         return self._has_tags and bool(_USAGE_EVENT.match(_last_line(self._last_events)))
 
+    def _without_farewell(self, events: bytes) -> bytes:
+        if self._has_tags and _SHUT_DOWN_CODE in events and (farewell := _SHUT_DOWN_EVENT.search(events)):
+            self.is_shut_down = True
+            return events[: farewell.start()]
+        return events
+
     def _without_tags(self, events: bytes) -> bytes:
         if not self._has_tags:
             return events
-        if _SHUT_DOWN_CODE in events and (farewell := _SHUT_DOWN_EVENT.search(events)):
-            self.is_shut_down = True
-            events = events[: farewell.start()]
         pieces = _TAG_LINE.split(events)  # text, tag, text, tag, ..., text
         if len(pieces) == 1:
             return events
