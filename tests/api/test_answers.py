@@ -3,6 +3,7 @@
 import asyncio
 import math
 import re
+from contextlib import aclosing
 
 import orjson
 import pytest
@@ -13,7 +14,7 @@ from fastchat.api.embeddings import prepare_embeddings
 from fastchat.api.request_context import RequestContext
 from fastchat.engine.events import FinishReason, SequenceEvent
 from fastchat.errors import EngineError, InvalidRequestError
-from fastchat.gateway.resumption import resume_body
+from fastchat.gateway.resumption import num_emitted_ids, resume_body
 from tests.api.scripted import (
     EMBEDDING_SIZE,
     EOS,
@@ -34,6 +35,7 @@ from tests.api.scripted import (
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 ANSWER_IDS = st.lists(st.sampled_from([*b"abst \n", *PIECES, *"é你🙂".encode()]), min_size=1, max_size=14)
 STOPS = st.lists(st.sampled_from(["stop", "top!", "ab", "b ", "\n", "你", "  "]), max_size=3, unique=True)
+TAG_LINE = re.compile(rb"^: \d+ (?:prompt|end|\d+) [\d,]*\n", re.MULTILINE)
 TAG = re.compile(rb": (\d+) (prompt|end|\d+) ((?:\d+(?:,\d+)*)?)")
 
 
@@ -175,6 +177,34 @@ def test_a_resumed_answer_does_not_wait_for_log_probabilities_that_were_sent():
 
     raw, rest = asyncio.run(run())
     assert rest == raw[3:]
+
+
+def test_what_the_record_of_a_worker_that_shut_down_has_is_not_counted_again():
+    """Both records together are what the undisturbed answer costs."""
+    document = {**CHAT, "n": 2, "max_tokens": 6, "stream": True}
+    records = []
+
+    async def run():
+        models = served(ScriptedEngine(lambda _: [*b"abcdef"]))
+        await events(models, document, records=records)
+        made = await answer(models, document, wants_tags=True, records=records)
+        raw = b""
+        async with made.running(), aclosing(made.events()) as items:
+            async for item in items:
+                raw += item
+                if num_emitted_ids(b"".join(TAG_LINE.findall(raw))) >= 4:
+                    break
+        lines = b"".join(TAG_LINE.findall(raw))
+        resumed = orjson.loads(resume_body(orjson.dumps(document), lines))
+        context = {"is_resume": True, "num_counted_tokens": num_emitted_ids(lines)}
+        await events(models, resumed, records=records, **context)
+
+    asyncio.run(run())
+    undisturbed, stopped, resumed = (record.usage for record in records)
+    assert 0 < stopped.num_generated_tokens < undisturbed.num_generated_tokens
+    assert stopped.num_prompt_tokens + resumed.num_prompt_tokens == undisturbed.num_prompt_tokens
+    both = stopped.num_generated_tokens + resumed.num_generated_tokens
+    assert both == undisturbed.num_generated_tokens
 
 
 def test_resume_needs_the_header():

@@ -202,6 +202,8 @@ def test_a_lost_stream_goes_on_with_another_worker(cluster, api, bad_act, code, 
         assert document.pop("resume") == {"prompt_token_ids": [[1, 2, 3]], "emitted_token_ids": [[100, 101]]}
         assert document == orjson.loads(lost.body)
         assert resumed.headers["x-fastchat-resume"] == "1"
+        # A worker that shuts down tells what its part cost, a lost one does not.
+        assert resumed.headers.get("x-fastchat-counted") == ("2" if code == "shutting_down" else None)
         for name in ("x-fastchat-request-id", "x-fastchat-created", "x-fastchat-seed", "x-fastchat-tags"):
             assert resumed.headers[name] == lost.headers[name]
         assert status == 200

@@ -32,7 +32,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """The final fact about a request, also an aborted one. A resumed request's record covers all of it.
+    """The final fact about a request, also an aborted one. A resumed request's record covers all of it but what the
+    record of a worker that shut down has.
 
     Times count from the moment when its sequences were submitted; None where no token came. Of each choice every wait
     for its next tokens is in `inter_token_latencies_s`.
@@ -197,12 +198,18 @@ class Generation:
             request_id=self._context.request_id,
             tenant=self._context.tenant,
             model=self._name,
-            usage=self.usage,
+            usage=self._uncounted_usage(),
             reason=self._end_reason(),
             duration_s=time.monotonic() - self._began_at,
             time_to_first_token_s=None if self._first_token_at is None else self._first_token_at - self._began_at,
             inter_token_latencies_s=self._inter_token_latencies_s,
         )
+
+    def _uncounted_usage(self) -> Usage:
+        num_counted = self._context.num_counted_tokens
+        if num_counted is None:
+            return self.usage
+        return Usage(0, 0, max(0, self.usage.num_generated_tokens - num_counted))
 
     def _end_reason(self) -> EndReason:
         if self._has_failed:

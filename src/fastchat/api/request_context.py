@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastchat.cluster.contract import (
+    COUNTED_HEADER,
     CREATED_HEADER,
     DEADLINE_HEADER,
     PRIORITY_HEADER,
@@ -28,7 +29,10 @@ _INTEGER = re.compile(r"-?[0-9]{1,19}")
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """One request's identity. `created` in seconds since 1970; `deadline_s` in seconds from its arrival."""
+    """One request's identity. `created` in seconds since 1970; `deadline_s` in seconds from its arrival.
+
+    `num_counted_tokens`: answer ids that another worker has put on record, with the prompt; None: none has.
+    """
 
     request_id: str
     created: int
@@ -38,6 +42,7 @@ class RequestContext:
     deadline_s: float | None = None
     wants_tags: bool = False
     is_resume: bool = False
+    num_counted_tokens: int | None = None
     wants_float_embeddings: bool = False
 
     @classmethod
@@ -52,6 +57,7 @@ class RequestContext:
             deadline_s=_seconds(headers, DEADLINE_HEADER),
             wants_tags=headers.get(TAGS_HEADER) == "1",
             is_resume=headers.get(RESUME_HEADER) == "1",
+            num_counted_tokens=_integer(headers, COUNTED_HEADER) if COUNTED_HEADER in headers else None,
             wants_float_embeddings=headers.get("user-agent", "").startswith(_OLD_CLIENT),
         )
 

@@ -28,6 +28,8 @@ TAGS_HEADER = "x-fastchat-tags"
 """`1` asks for a tag comment before every event of a stream, see `api/streaming.py`."""
 RESUME_HEADER = "x-fastchat-resume"
 """`1` says that the body's `resume` field is the API server's and is to be obeyed."""
+COUNTED_HEADER = "x-fastchat-counted"
+"""Of a resumed request: the final record of a worker that shut down has its prompt and so many of its answer ids."""
 
 # Header of an answer to a client.
 IGNORED_HEADER = "x-fastchat-ignored"

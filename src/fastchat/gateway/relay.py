@@ -19,6 +19,7 @@ from http import HTTPStatus
 import structlog
 
 from fastchat.cluster.contract import (
+    COUNTED_HEADER,
     CREATED_HEADER,
     REQUEST_ID_HEADER,
     RESUME_HEADER,
@@ -32,6 +33,7 @@ from fastchat.errors import FastChatError, UnavailableError
 from fastchat.gateway.admission import AdmittedRequest
 from fastchat.gateway.answers import (
     BAD_ANSWER,
+    SHUTTING_DOWN,
     RelayedStream,
     WholeAnswer,
     bad_answer,
@@ -40,7 +42,7 @@ from fastchat.gateway.answers import (
 )
 from fastchat.gateway.exchange import LOST, Exchange, Exchanges
 from fastchat.gateway.live_table import LiveTable
-from fastchat.gateway.resumption import resume_body
+from fastchat.gateway.resumption import num_emitted_ids, resume_body
 from fastchat.gateway.worker_http import WorkerHttp
 
 MAX_LOST_WORKERS = 2
@@ -59,7 +61,10 @@ class Sender:
 
 @dataclass(slots=True)
 class _Asked:
-    """A request on its way: what every worker is told alike, and who was tried."""
+    """A request on its way: what every worker is told alike, and who was tried.
+
+    `num_counted` are the answer ids that the final record of a worker that shut down has; a lost one leaves no record.
+    """
 
     request: AdmittedRequest
     sender: Sender
@@ -68,6 +73,7 @@ class _Asked:
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     tried: set[str] = field(default_factory=set)
     num_lost: int = 0
+    num_counted: int | None = None
 
 
 class Relay:
@@ -105,7 +111,10 @@ class Relay:
 
     async def _resume(self, asked: _Asked, tags: bytes, failure: UnavailableError) -> RelayedStream:
         """The rest of a stream, from another worker of ours. Raises `failure` where there is none."""
-        asked.num_lost += failure.code == LOST
+        if failure.code == SHUTTING_DOWN:
+            asked.num_counted = num_emitted_ids(tags)
+        else:
+            asked.num_lost += 1
         # A server of another kind does not know the resume form: it would begin the answer again.
         asked.tried |= {worker.worker_id for worker in self._table.workers() if worker.is_external}
         asked.request = replace(asked.request, body=resume_body(asked.request.body, tags), is_resume=True)
@@ -192,4 +201,6 @@ class Relay:
             headers[TAGS_HEADER] = "1"
         if request.is_resume:
             headers[RESUME_HEADER] = "1"
+        if asked.num_counted is not None:
+            headers[COUNTED_HEADER] = str(asked.num_counted)
         return headers

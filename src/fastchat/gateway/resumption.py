@@ -37,6 +37,12 @@ def resume_body(body: bytes, tags: bytes) -> bytes:
     return orjson.dumps(document)
 
 
+def num_emitted_ids(tags: bytes) -> int:
+    """How many answer ids of all choices the tag lines tell."""
+    fields = (line.split(b" ") for line in tags.splitlines())
+    return sum(ids.count(b",") + 1 for _, _, kind, ids in fields if kind.isdigit() and ids)
+
+
 def _num_choices(document: Mapping[str, Any]) -> int:  # Any: JSON has any value
     """How many choices a request has that a worker has begun to answer, and so has found in order."""
     prompt = document.get("prompt")
