@@ -200,6 +200,7 @@ def test_what_the_record_of_a_worker_that_shut_down_has_is_not_counted_again():
         await events(models, resumed, records=records, **context)
 
     asyncio.run(run())
+    assert [record.num_awaited_tokens for record in records] == [10, 2, 6]  # not each choice's first
     undisturbed, stopped, resumed = (record.usage for record in records)
     assert 0 < stopped.num_generated_tokens < undisturbed.num_generated_tokens
     assert stopped.num_prompt_tokens + resumed.num_prompt_tokens == undisturbed.num_prompt_tokens

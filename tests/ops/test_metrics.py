@@ -23,6 +23,7 @@ def finished(model: str = "m", *, reason: str = "stop") -> RequestFinished:
         duration_s=1.0,
         time_to_first_token_s=0.5,
         inter_token_latencies_s=(0.2, 0.3),
+        num_awaited_tokens=2,
     )
 
 

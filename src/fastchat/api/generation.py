@@ -36,7 +36,7 @@ class RequestRecord:
     record of a worker that shut down has.
 
     Times count from the moment when its sequences were submitted; None where no token came. Of each choice every wait
-    for its next tokens is in `inter_token_latencies_s`.
+    for its next tokens is in `inter_token_latencies_s`; `num_awaited_tokens` came with them.
     """
 
     request_id: str
@@ -47,6 +47,7 @@ class RequestRecord:
     duration_s: float
     time_to_first_token_s: float | None = None
     inter_token_latencies_s: Sequence[float] = ()
+    num_awaited_tokens: int = 0
 
 
 RecordHook = Callable[[RequestRecord], None]
@@ -88,6 +89,7 @@ class Generation:
         self._first_token_at: float | None = None
         self._last_token_at: dict[str, float] = {}
         self._inter_token_latencies_s: list[float] = []
+        self._num_awaited_tokens = 0
         self._has_failed = False
 
     def __repr__(self) -> str:
@@ -164,20 +166,21 @@ class Generation:
             self._has_failed = True
             raise UnavailableError("The model's worker is shutting down.", code="shutting_down")
         if event.token_ids:
-            self._note_arrival(event.sequence_id)
+            self._note_arrival(event)
         choice.push(event)
         if choice.ending is not None and event.finish_reason is None:
             assert self._source is not None
             self._source.drop(event.sequence_id)  # a stop string, which the engine does not know
 
-    def _note_arrival(self, sequence_id: str) -> None:
+    def _note_arrival(self, event: SequenceEvent) -> None:
         now = time.monotonic()
-        before = self._last_token_at.get(sequence_id)
+        before = self._last_token_at.get(event.sequence_id)
         if before is not None:
             self._inter_token_latencies_s.append(now - before)
+            self._num_awaited_tokens += len(event.token_ids)
         elif self._first_token_at is None:
             self._first_token_at = now
-        self._last_token_at[sequence_id] = now
+        self._last_token_at[event.sequence_id] = now
 
     def _requests(self) -> list[SequenceRequest]:
         return [
@@ -203,6 +206,7 @@ class Generation:
             duration_s=time.monotonic() - self._began_at,
             time_to_first_token_s=None if self._first_token_at is None else self._first_token_at - self._began_at,
             inter_token_latencies_s=self._inter_token_latencies_s,
+            num_awaited_tokens=self._num_awaited_tokens,
         )
 
     def _uncounted_usage(self) -> Usage:

@@ -29,7 +29,10 @@ UnloadReason = Literal["evicted", "idle", "operator"]
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished:
-    """One request that a worker has ended, by any way. Times are in seconds; None where no token came."""
+    """One request that a worker has ended, by any way. Times are in seconds; None where no token came.
+
+    `num_awaited_tokens` came with the waits in `inter_token_latencies_s`: all but the first of each choice.
+    """
 
     model: str
     reason: FinishedReason
@@ -39,6 +42,7 @@ class RequestFinished:
     duration_s: float
     time_to_first_token_s: float | None = None
     inter_token_latencies_s: Sequence[float] = ()
+    num_awaited_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +185,8 @@ class WorkerMetrics(_ProcessMetrics):
         between = self._between.labels(model)
         for latency_s in fact.inter_token_latencies_s:
             between.observe(latency_s)
-        if fact.num_generated_tokens > 1:
-            decode_s = fact.duration_s - fact.time_to_first_token_s
-            self._per_token.labels(model).observe(decode_s / (fact.num_generated_tokens - 1))
+        if fact.num_awaited_tokens:
+            self._per_token.labels(model).observe(sum(fact.inter_token_latencies_s) / fact.num_awaited_tokens)
 
     def observe_shared_weights(self, num_bytes: int) -> None:
         """Show what the models of this process save by holding equal tensors once."""

@@ -106,6 +106,7 @@ class WorkerRuntime:
                 duration_s=record.duration_s,
                 time_to_first_token_s=record.time_to_first_token_s,
                 inter_token_latencies_s=record.inter_token_latencies_s,
+                num_awaited_tokens=record.num_awaited_tokens,
             )
         )
         if self._connection is not None:
