@@ -164,7 +164,19 @@ def test_the_longest_name_at_a_place_is_found(names: list[str], text: str) -> No
     """As by one pattern with all names, longer ones first."""
     plain = "|".join(re.escape(name) for name in sorted(filter(None, names), key=len, reverse=True)) or "(?!)"
     assert any_of(names).findall(text) == re.findall(plain, text)
-    assert "".join(cut_names(any_of(names), text)) == text
+
+
+@given(names=st.lists(st.text("<|ab>", min_size=2, max_size=6), max_size=8), text=st.text("<|ab>", max_size=30))
+def test_no_name_is_left_whole(names: list[str], text: str) -> None:
+    """Not even where names overlap."""
+    pieces = cut_names(any_of(names), text)
+    assert "".join(pieces) == text
+    assert not any(any_of(names).search(piece) for piece in pieces)
+
+
+def test_a_name_may_be_long() -> None:
+    """A checkpoint may have any token."""
+    assert any_of(["ab" * 5000]).fullmatch("ab" * 5000)
 
 
 def test_text_full_of_beginnings_of_names_is_searched_quickly() -> None:

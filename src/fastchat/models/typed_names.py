@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from itertools import pairwise
+from os.path import commonprefix
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
@@ -18,16 +19,21 @@ def any_of(names: Iterable[str]) -> re.Pattern[str]:
 
 def cut_names(names: re.Pattern[str] | None, text: str) -> list[str]:
     """The text in pieces, cut behind the first character of each match, so that no tokenizer finds the name."""
-    cuts = [match.start() + 1 for match in names.finditer(text)] if names is not None else []
-    return [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
+    cuts = [0]
+    while names is not None and (match := names.search(text, cuts[-1])):  # from there: names may overlap
+        cuts.append(match.start() + 1)
+    return [text[begin:end] for begin, end in pairwise([*cuts, len(text)])]
 
 
 def _branches(names: Collection[str]) -> str:
     """The pattern of names that go on from one place; "" is the end of one."""
     rests: dict[str, list[str]] = {}
     for name in sorted(filter(None, names)):
-        rests.setdefault(name[0], []).append(name[1:])
-    branches = [re.escape(first) + _branches(following) for first, following in rests.items()]
+        rests.setdefault(name[0], []).append(name)
+    branches = []
+    for alike in rests.values():
+        common = commonprefix(alike)  # noqa: RUF071 - of characters, which is what is wanted
+        branches.append(re.escape(common) + _branches([name[len(common) :] for name in alike]))
     if not branches or (len(branches) == 1 and "" not in names):
         return "".join(branches)
     return f"(?:{'|'.join(branches)}){'?' if '' in names else ''}"
