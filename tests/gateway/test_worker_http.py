@@ -210,10 +210,10 @@ def test_workers_that_are_gone_are_forgotten():
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_machine_that_is_gone_without_a_word_is_noticed(new_loop):
     """By the system's probes: an answer has no time limit, and no table tells of a machine while its controller is gone
-    too."""
+    too. A request that nobody acknowledges is repeated for a quarter of an hour otherwise, and nothing is probed."""
 
     def options_of(connected):
-        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
         probes = [connected.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
         return connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), *probes
 
@@ -225,9 +225,10 @@ def test_machine_that_is_gone_without_a_word_is_noticed(new_loop):
             return options_of(connection._transport.get_extra_info("socket"))
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        is_on, idle_s, pause_s, number = runner.run(run())
+        is_on, idle_s, pause_s, number, unacknowledged_ms = runner.run(run())
     assert is_on
     assert idle_s + number * pause_s <= 30
+    assert 0 < unacknowledged_ms <= 30_000
 
 
 def test_name_that_nobody_resolves_holds_up_nothing_else(monkeypatch):

@@ -26,9 +26,10 @@ IDLE_S = 15.0
 """How long a connection is kept for the next request; our servers keep theirs five times as long."""
 MAX_CONNECTING = 32
 """Connections to one address that are being made at a time."""
-_PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+_PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
 """A machine that is gone without a word is noticed after half a minute, also where no table tells of it: an answer may
-take for ever, but the machine that computes it is there. Seconds, and the number of probes; where the system has them.
+take for ever, but the machine that computes it is there. Seconds, the number of probes, and the milliseconds for what
+was sent and is not acknowledged, behind which nothing is probed; where the system has them.
 """
 
 
