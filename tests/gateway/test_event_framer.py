@@ -78,6 +78,17 @@ def test_an_answer_that_says_its_end_is_whole(ending):
     assert (sent + framer.finish()).rstrip() == b"data: a\n\n" + ending.rstrip()
 
 
+@pytest.mark.parametrize(
+    ("text", "can_go_on"),
+    [(b"", True), (b": wait\n\n", True), (b": wait\n\n: 0 0 5\ndata: a\n\n", True), (b": wait\n\ndata: a\n\n", False)],
+)
+def test_an_answer_without_tags_goes_on_nowhere(text, can_go_on):
+    """It would begin again behind what the client has."""
+    framer = EventFramer(has_tags=True)
+    framer.feed(text)
+    assert framer.can_go_on() == can_go_on
+
+
 @pytest.mark.parametrize("text", [b"", b"data: a\n\n", b"data: a\n\ndata: [DO", b"data: [DONE]\n\ndata: b\n\n"])
 def test_an_answer_that_just_stops_is_broken(text):
     framer = EventFramer(has_tags=True)

@@ -126,10 +126,10 @@ class RelayedStream:
         if self._framer.lacks_only_done():
             self._is_finished = True
             return DONE_EVENT  # another worker would tell the usage again
-        tags = self._framer.tags
-        if self._resume is None or tags is None:
+        if self._resume is None or not self._framer.can_go_on():
             raise failure
-        other = await self._resume(bytes(tags), failure)
+        tags = bytes(self._framer.tags or b"")
+        other = await self._resume(tags, failure)
         self._owned.close()
         first_events, self._exchange, self._framer, self._is_finished, self._owned = other.handed_over()
         if self._framer.tags is not None:

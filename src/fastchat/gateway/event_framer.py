@@ -22,6 +22,7 @@ _MAX_BLANK_BYTES = 64 * 1024
 # The tags of `api/streaming.py`: choice, then `prompt`, `end` or the offset, then ids.
 _TAG_LINE = re.compile(rb"^(: \d+ (?:prompt|end|\d+) [\d,]*\r?\n)", re.MULTILINE)
 _USAGE_EVENT = re.compile(rb'data: \{.*"choices":\[\]')  # within a string the quotes would be escaped
+_DATA_LINE = re.compile(rb"^data:", re.MULTILINE)
 _LAST_LINE = re.compile(rb'data: ?(?:\[DONE\]|\{"error":)')
 _SHUT_DOWN_CODE = b'"code":"shutting_down"'
 _SHUT_DOWN_EVENT = re.compile(rb'^data: \{"error":.*"code":"shutting_down".*\n\n\Z', re.MULTILINE)
@@ -45,6 +46,7 @@ class EventFramer:
         self._rest = b""
         self._num_blank_bytes = 0
         self._last_events = b""
+        self._has_data = False
 
     def feed(self, chunk: bytes) -> bytes:
         """The whole events that are complete now, to be sent in one write; b"" where none is.
@@ -69,6 +71,7 @@ class EventFramer:
         else:
             self._num_blank_bytes = 0
             self._last_events = events
+            self._has_data = self._has_data or bool(_DATA_LINE.search(events))
         return self._without_tags(events)
 
     def finish(self) -> bytes:
@@ -80,6 +83,10 @@ class EventFramer:
         if not _LAST_LINE.match(_last_line(rest) or _last_line(self._last_events)):
             raise BrokenStreamError("it ended before its last event")
         return self._without_tags(rest.rstrip() + b"\n\n") if rest.strip() else rest
+
+    def can_go_on(self) -> bool:
+        """Whether the tags tell all that the client has of the answer, maybe nothing yet."""
+        return self.tags is not None and (bool(self.tags) or not self._has_data)
 
     def has_ended(self) -> bool:
         """Whether the last event so far ends the answer: nothing is missing but the end of the connection."""
