@@ -374,9 +374,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, for a first look")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--many", type=int, default=1000, help="paced streams at once (default: 1000)")
-    parser.add_argument(
-        "--tokens-per-event", type=int, default=2, help="of FastChat's worker (default: 2, as it ships)"
-    )
+    parser.add_argument("--tokens-per-event", type=int, default=2, help="of FastChat's worker (default: 2, its own)")
     parser.add_argument(
         "--fastchat-python",
         default=os.environ.get("FASTCHAT_PEER_PYTHON", str(ROOT / ".peers/fastchat/bin/python")),
@@ -393,8 +391,7 @@ def main() -> None:
             systems.append(running.enter_context(peer))
         else:
             print(f"FastChat 0.2.36 is not at {flags.fastchat_python}; see --help. Ours alone:")
-        figures = uvloop.run(measure(systems, flags))
-        summaries = report(figures, flags)
+        summaries = report(uvloop.run(measure(systems, flags)), flags)
     if flags.json is not None:
         flags.json.write_text(json.dumps(summaries, indent=2) + "\n", encoding="utf-8")
 

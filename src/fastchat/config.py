@@ -108,7 +108,7 @@ def parse_port(text: str | int) -> int:
 def parse_host(text: str) -> str:
     """A host name or address to listen on, without scheme and port."""
     host = text.strip().removeprefix("[").removesuffix("]")
-    if not (_is_ip_address(host) or _HOST_NAME.fullmatch(host)):
+    if not (is_ip_address(host) or _HOST_NAME.fullmatch(host)):
         raise ConfigError(f"{text!r} is not a host; give a name or an address alone, such as localhost or 0.0.0.0.")
     return host
 
@@ -164,7 +164,16 @@ def dial_url(url: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a listener on `host`."""
-    return host == "localhost" or (_is_ip_address(host) and ipaddress.ip_address(host).is_loopback)
+    return host == "localhost" or (is_ip_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def is_ip_address(host: str) -> bool:
+    """Whether this is an address and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _state_dir(variables: Mapping[str, str]) -> Path:
@@ -197,14 +206,6 @@ def _own_address_towards(host: str) -> str | None:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _is_ip_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _has_control(text: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Collection
 from urllib.parse import urlsplit
+
+from fastchat.config import is_ip_address
 
 _USUAL_PORTS = {"http": 80, "https": 443}
 
@@ -23,7 +24,7 @@ class HostNames:
         if self._allowed is None:
             return True
         name = host_name(host)
-        return name == "localhost" or name.endswith(".localhost") or name in self._allowed or _is_address(name)
+        return name == "localhost" or name.endswith(".localhost") or name in self._allowed or is_ip_address(name)
 
     def name_page(self, origin: str, host: str) -> bool:
         """Whether this origin has one of the allowed names while the server is called by another one.
@@ -58,11 +59,3 @@ def _hostname(url: str) -> str:
         return (urlsplit(url).hostname or "").removesuffix(".")
     except ValueError:
         return ""
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
